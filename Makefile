@@ -1,0 +1,46 @@
+# Two commands are enough on a fresh machine: `make demo` and `make test`. Each sets up what it needs.
+# An environment that has torch already:  PYTHON=python3 make test   (nothing is installed then)
+TORCH  := torch==2.13.0
+TRITON := triton==3.7.1
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY  := .venv/ready
+endif
+
+.PHONY: setup demo test test-all lint bench gpu-check clean
+
+setup: $(READY)
+
+# torch first, pinned: whatever is installed after it then finds it there and does not bring another build along.
+.venv/ready: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet $(TORCH)
+	[ "$$(uname -s)" != Linux ] || .venv/bin/python -m pip install --quiet $(TRITON)
+	.venv/bin/python -m pip install --quiet --editable ".[dev]"
+	touch .venv/ready
+
+demo: $(READY)
+	$(PYTHON) prepare_data.py stdlib
+	$(PYTHON) train.py config/tiny_moe.py --out_dir=out/demo --overwrite
+	$(PYTHON) sample.py --out_dir=out/demo --prompt="def " --max_new_tokens=400 --seed=1
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+test-all: $(READY)
+	$(PYTHON) -m pytest -m "slow or not slow"
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+
+bench: $(READY)
+	$(PYTHON) bench.py all
+
+gpu-check: $(READY)
+	$(PYTHON) bench.py gpu_check
+
+clean:
+	rm -rf out data .venv .cache
