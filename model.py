@@ -146,7 +146,7 @@ class ModelConfig:
                  "the experts of one token: it needs top_k >= 2, or specialization_coef=0")
         _require(not self.coupling_coef or len(self.moe_layers()) >= 2, f"coupling_coef={self.coupling_coef} couples adjacent "
                  f"expert layers, and n_layer={self.n_layer} with moe_every={self.moe_every} leaves one: set coupling_coef=0")
-        _require(self.coupling == "mass" or self.coupling_coef, f"coupling={self.coupling} does nothing with coupling_coef=0: "
+        _require(self.coupling == "mass" or self.coupling_coef, f"coupling={self.coupling} does nothing without coupling_coef: "
                  "set coupling_coef (the paper uses 1e-3) or leave coupling out")
         self._check_pools()
 
@@ -164,7 +164,7 @@ class ModelConfig:
     def _check_infmoe(self, given):
         names = [n for n in (*DISCRETE, "balance_scores") if n in given]
         names += [n for n in ("z_coef", "coupling_coef") if getattr(self, n)] + ["coupling=path"] * (self.coupling == "path")
-        _require(not names, f"{', '.join(names)} belongs to discrete routers and has no meaning with flavour=infmoe: leave it out")
+        _require(not names, f"{', '.join(names)} belongs to discrete routers, not to flavour=infmoe: leave it out")
         _require(self.balance in ("none", "layer"),
                  f"balance={self.balance} has no meaning with flavour=infmoe: set balance=none or balance=layer")
         _require(self.backend != "grouped",
