@@ -1,0 +1,99 @@
+"""What the tests of train.py and sample.py share: a tiny corpus, tiny models of every flavour, and real processes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prepare_data import write_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+
+# every flavour at 2-4 layers, width 32: a step takes milliseconds
+SIZE = dict(n_layer=2, n_head=2, d_model=32, d_ff=48, block_size=16)
+FLAVOURS = {
+    "dense": dict(flavour="dense"),
+    "switch": dict(flavour="switch", n_experts=4),
+    "topk": dict(flavour="topk", n_experts=4, arch="llama", z_coef=1e-3),
+    "deepseek": dict(flavour="deepseek", n_experts=5, arch="llama"),
+    "unipool": dict(flavour="unipool", n_experts=6, top_k=2, arch="llama"),
+    "infmoe": dict(flavour="infmoe", infmoe_dz=8),
+}
+TRAINING = dict(max_steps=6, batch_tokens=256, micro_batch=4, eval_every=3, eval_tokens=128, save_every=2, warmup_steps=2,
+                device="cpu", dtype="float32", compile="false")
+
+
+def make_data(folder, n_train=4001, n_val=600, shards=2):
+    """A corpus of bytes with something to learn in it: short words, one after another, by a fixed seed."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    words = [b"one ", b"two ", b"three ", b"four\n"]
+    for split, n, parts in (("train", n_train, shards), ("val", n_val, 1)):
+        for i in range(parts):
+            text = b"".join(words[j] for j in rng.integers(0, 4, n))[: n // parts]
+            write_shard(folder / f"{split}_{i:06d}.bin", np.frombuffer(text, np.uint8))
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257}))
+    return folder
+
+
+def options(**settings):
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def train_command(data, out, flavour="dense", ranks=1, **changes):
+    launcher = [PYTHON] if ranks == 1 else [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    chosen = {"dataset": data, "out_dir": out} | SIZE | FLAVOURS[flavour] | TRAINING | changes
+    return [*launcher, str(ROOT / "train.py"), *options(**chosen)]
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def run(command, cwd=None, **more):
+    """-> CompletedProcess, output as text"""
+    return subprocess.run(command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=180)
+
+
+def read_rows(out):
+    with open(Path(out, "log.csv"), newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def timeless(rows):
+    """Rows without the columns that hold times."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def assert_same_state(left, right, tolerance=0):
+    """Two values of a checkpoint (dictionaries, lists, tensors, numbers) are equal."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same_state(left[key], right[key], tolerance)
+    elif isinstance(left, torch.Tensor):
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for a, b in zip(left, right):
+            assert_same_state(a, b, tolerance)
+    else:
+        assert left == right
+
+
+def checkpoint(out):
+    return torch.load(Path(out, "ckpt.pt"), weights_only=True)
+
+
+def assert_same_run(out, reference, first_row=0):
+    """The same log (times aside) and the same weights and optimizer, bit for bit."""
+    assert timeless(read_rows(out))[first_row:] == timeless(read_rows(reference))[first_row:]
+    mine, theirs = checkpoint(out), checkpoint(reference)
+    for key in ("model", "optimizer", "step"):
+        assert_same_state(mine[key], theirs[key])
