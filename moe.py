@@ -250,11 +250,11 @@ def uniform_noise(keys, stream, n):
 
 
 def normal_noise(keys, stream, n):
-    """Standard normal numbers by Box-Muller from `uniform_noise`: keys (T,) -> (T, n)."""
-    half = (n + 1) // 2
-    u, v = uniform_noise(keys, stream, 2 * half).split(half, dim=-1)  # (T, half) each
+    """Standard normal numbers by Box-Muller from `uniform_noise`: keys (T,) -> (T, n). Number i does not depend on n, so K
+    samples are the first K of more."""
+    u, v = uniform_noise(keys, stream, n + n % 2).unflatten(-1, (-1, 2)).unbind(-1)  # (T, n/2) each
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
-    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1)[:, :n]
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)[:, :n]
 
 
 class GaussianRouter(nn.Module):
@@ -529,13 +529,13 @@ def imbalance(counts):
 def usage_entropy(counts):
     """H(q) / log E of the shares q: infinity-MoE's normalised routing entropy (section 5.4), and a pool's. (..., E) -> (...)."""
     q = shares(counts)
-    return -torch.special.xlogy(q, q).sum(-1) / math.log(counts.shape[-1])
+    return -torch.special.xlogy(q, q).sum(-1) / math.log(max(2, counts.shape[-1]))  # a single expert: 0, not 0/0
 
 
 def routing_entropy(scores):
     """mean_x H(s(x)) / log E of the normalised scores (T, E): 1 is undecided, 0 is certain."""
     s = normalise_scores(scores)
-    return -torch.special.xlogy(s, s).sum(-1).mean() / math.log(scores.shape[-1])
+    return -torch.special.xlogy(s, s).sum(-1).mean() / math.log(max(2, scores.shape[-1]))
 
 
 def path_counts(ids, next_ids, n_experts):

@@ -1,0 +1,125 @@
+"""What the tests of moe.py and model.py share: small configurations, real text, one training step, the composition table."""
+import argparse
+import difflib
+import itertools
+import json
+import textwrap
+from pathlib import Path
+
+import torch
+
+from model import GPT, ModelConfig
+
+SMALL = dict(n_layer=2, n_head=2, d_model=16, d_ff=32, block_size=16, vocab_size=257)  # widths that grouped_mm accepts
+
+# One configuration per flavour family, with the options that a reader would meet first. Every test of design.md section 5 runs
+# on all of them; CELLS below is the full table.
+FAMILIES = {
+    "dense_gpt2": dict(),
+    "dense_llama": dict(arch="llama", n_kv_head=1, qk_norm="head"),
+    "switch": dict(flavour="switch", n_experts=4, z_coef=1e-3),
+    "topk": dict(flavour="topk", arch="llama", n_experts=4, specialization_coef=2e-3, coupling_coef=1e-3, coupling="path"),
+    "deepseek": dict(flavour="deepseek", arch="llama", n_experts=4, d_expert=16),
+    "unipool": dict(flavour="unipool", arch="llama", n_experts=8),
+    "infmoe": dict(flavour="infmoe", infmoe_dz=8, balance="layer", specialization_coef=2e-3),
+    "infmoe_deep": dict(flavour="infmoe", arch="llama", n_kv_head=1, infmoe_dz=8, infmoe_depth=3, infmoe_rate=(0.75, None, 0.5),
+                        infmoe_z="hierarchical", infmoe_mean_from=2, infmoe_components=2, infmoe_hidden=8, pool_groups=1),
+}
+
+
+def small(**overrides):
+    return ModelConfig(**{**SMALL, **overrides})
+
+
+def build(seed=0, std=0.2, **overrides):
+    """A small model whose weights are large enough that routing differs between tokens and errors show."""
+    torch.manual_seed(seed)
+    return GPT(small(**{"init_std": std, **overrides}))
+
+
+def random_tokens(batch, length, vocab_size=257, seed=0):
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+TEXT = torch.tensor(list(b"\n".join(Path(m.__file__).read_bytes() for m in (argparse, textwrap, difflib, json))))
+
+
+def real_text(batch, length, seed=0):
+    """tokens, targets (B, S): windows of the running interpreter's own standard library, as bytes."""
+    starts = torch.randint(len(TEXT) - length, (batch, 1), generator=torch.Generator().manual_seed(seed))
+    windows = TEXT[starts + torch.arange(length + 1)]  # (B, S+1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def training_loss(output):
+    return output.loss + sum(output.aux.values())
+
+
+def gradients(model, tokens, targets, **inputs):
+    """Training loss and its gradients by name (None where there is none)."""
+    model.zero_grad(set_to_none=True)
+    loss = training_loss(model.train()(tokens, targets, **inputs))
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def train(model, steps, batch=8, lr=1e-2, first=0):
+    """Adam on real text; returns the cross-entropy of every step."""
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=lr), []
+    for step in range(first, first + steps):
+        tokens, targets = real_text(batch, model.config.block_size, seed=step)
+        output = model.train()(tokens, targets, noise_key=torch.arange(batch) + step * batch)
+        optimizer.zero_grad()
+        training_loss(output).backward()
+        optimizer.step()
+        model.update_balance(output.stats)
+        losses.append(output.loss.item())
+    return losses
+
+
+# ---- the composition table (papers.md, section 4)
+
+def discrete_cells():
+    """Router x ownership x balance, each plain (K = 1) and with every loss (K = 2); architectures, shared experts and the form
+    of the coupling alternate."""
+    cells, ownerships = {}, {"private": 0, "pool": 1, "pools": 2}
+    for (owner, groups), router in itertools.product(ownerships.items(), ("softmax", "sigmoid", "norm")):
+        for balance in ("none", "layer", "bias") + (("pool",) if groups else ()):
+            base = dict(flavour="topk", n_layer=4, n_experts=6, router=router, pool_groups=groups, balance=balance)
+            n = len(cells)
+            arch, name = ("gpt2", "llama")[n // 2 % 2], f"{owner}-{router}-{balance}"
+            cells[f"{name}-plain"] = dict(base, top_k=1, arch=arch, n_shared_experts=n // 4 % 2)
+            cells[f"{name}-losses"] = dict(base, top_k=2, arch=arch, specialization_coef=2e-3, coupling_coef=1e-3, z_coef=1e-3,
+                                           coupling=("mass", "path")[n // 2 % 2], n_shared_experts=n // 4 % 2)
+    return cells
+
+
+EXTENSIONS = {  # papers.md section 2, by its numbers
+    "plain": dict(),
+    "1-deep": dict(infmoe_depth=2),
+    "1-deep-pre": dict(infmoe_depth=2, infmoe_mask="pre"),
+    "2-shared": dict(infmoe_depth=2, infmoe_z="shared"),
+    "2-hierarchical": dict(infmoe_depth=2, infmoe_z="hierarchical"),
+    "3-pre": dict(infmoe_mask="pre"),
+    "4-rates": dict(infmoe_depth=3, infmoe_rate=(0.75, None, 0.25)),
+    "5-mean-from": dict(infmoe_depth=2, infmoe_mean_from=1),
+    "5-share-mask": dict(infmoe_depth=2, infmoe_share_mask=True),
+    "6-mixture": dict(infmoe_components=3, infmoe_hidden=8),
+    "7-mean": dict(infmoe_mean=True),
+    "8-balance": dict(balance="layer"),
+    "specialization": dict(specialization_coef=2e-3),
+}
+
+
+def continuous_cells():
+    cells = {}
+    for (name, extension), (owner, groups) in itertools.product(EXTENSIONS.items(), (("private", 0), ("pool", 1), ("pools", 2))):
+        arch = ("gpt2", "llama")[(len(cells) + groups) % 2]
+        cells[f"infmoe-{owner}-{name}"] = dict(flavour="infmoe", n_layer=4, infmoe_dz=8, pool_groups=groups, arch=arch,
+                                               **extension)
+    return cells
+
+
+CELLS = {"dense-gpt2": dict(n_layer=4), "dense-llama": dict(n_layer=4, arch="llama"), **discrete_cells(), **continuous_cells(),
+         "switch-every-second": dict(flavour="switch", n_layer=4, moe_every=2),
+         "infmoe-every-second": dict(flavour="infmoe", n_layer=4, moe_every=2, infmoe_dz=8)}
