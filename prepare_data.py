@@ -1,0 +1,700 @@
+"""Text -> token shards, and the reader of those shards: the only file that knows the shard format.
+
+    python prepare_data.py stdlib                        # this Python's own library: real text, no network
+    python prepare_data.py packages --tokenizer=gpt2     # the source of every installed package
+    python prepare_data.py notes.txt folder/             # .txt .md .py .jsonl .jsonl.zst .parquet, or folders of them
+    python prepare_data.py pretokenized                  # FineWeb 10B as GPT-2 tokens, ready-made: 20 GB
+    python prepare_data.py fineweb --max_tokens=1e9      # from Hugging Face; also fineweb-edu, pile (--subset, --repo)
+    python prepare_data.py pile --dry_run                # sizes and times only
+
+A document is a JSON line, a parquet row or a text file (a megabyte of it at most), and an end-of-text token stands before
+each. A hash of its text decides which documents are held out, so no copy of a validation document is ever trained on.
+The work goes on in OUT_DIR.unfinished, which becomes OUT_DIR once it is whole; the same command resumes a killed one.
+
+A shard is what llm.c and modded-nanogpt read: 256 little-endian int32 (20240520, 1, token count, zeros), uint16 tokens.
+"""
+
+import base64
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sysconfig
+import threading
+import time
+from collections import deque
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from configurator import fail, parse
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+
+
+@dataclass
+class DataConfig:
+    out_dir: str | None = None  # folder of shards to make; default data/SOURCE, or data/SOURCE_gpt2
+    tokenizer: str | None = None  # bytes, gpt2 or FILE.tiktoken; default gpt2 for the hub's corpora, bytes for the rest
+    text_key: str = "text"  # the field of a JSON line or parquet row that holds the document
+    val_fraction: float = 0.01  # share of the documents that is held out
+    max_tokens: int | None = None  # stop after so many training tokens
+    shard_tokens: int = 100_000_000  # tokens in a shard
+    workers: int | None = None  # processes; default one per core
+    repo: str | None = None  # another dataset on Hugging Face, in the format of the source
+    subset: str | None = None  # folder in that dataset, such as sample/100BT or data/CC-MAIN-2024-10
+    dry_run: bool = False  # print sizes and times, and make nothing
+    overwrite: bool = False  # replace the shards that out_dir holds
+
+    def __post_init__(self):
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
+        for name in ("max_tokens", "shard_tokens", "workers"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 2**31 * (1000 if name == "max_tokens" else 1):
+                raise ValueError(f"{name}={value} must be at least 1 (a shard counts its tokens in an int32)")
+
+
+# ---- 1. tokenizers
+
+
+class Tokenizer:
+    """A tiktoken.Encoding whose ids are 0..vocab_size - 1, the end of text (`eot`) among them."""
+
+    def __init__(self, name, encoding):
+        self.name, self.encoding = name, encoding
+        self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
+
+    def encode_array(self, text):
+        """text -> uint16 array. The text of a special token is ordinary text; half a surrogate pair becomes "?"."""
+        data = text.encode("utf-8", "replace")
+        if self.name == "bytes":
+            return np.frombuffer(data, np.uint8).astype(np.uint16)
+        return self.encoding.encode_to_numpy(data.decode(), disallowed_special=()).astype(np.uint16)
+
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, tokens):
+        """An id beyond the vocabulary (a model's may be padded) becomes U+FFFD."""
+        one = self.encoding.decode_single_token_bytes
+        return b"".join(one(token) if token < self.vocab_size else "\ufffd".encode() for token in tokens)
+
+    def decode(self, tokens):
+        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+
+@functools.lru_cache
+def get_tokenizer(spec):
+    """spec: "bytes" (257 ids), "gpt2" (50257), or the path of a .tiktoken rank file. -> Tokenizer; ValueError."""
+    if spec == "gpt2":
+        try:
+            return Tokenizer(spec, tiktoken.get_encoding("gpt2"))
+        except Exception as error:  # tiktoken downloads the vocabulary on first use: whatever the network throws
+            raise ValueError(
+                f"GPT-2's vocabulary is not here and cannot be downloaded ({type(error).__name__}): run once with a "
+                "network, or point TIKTOKEN_CACHE_DIR at another machine's, or use --tokenizer=bytes"
+            ) from None
+    ranks = {bytes([i]): i for i in range(256)} if spec == "bytes" else read_ranks(Path(spec))
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # how GPT-2 splits text
+    special = {"<|endoftext|>": len(ranks)}
+    return Tokenizer(spec, tiktoken.Encoding(spec, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+
+def read_ranks(path):
+    """The ranks of a .tiktoken file: one line a token, in base64, and its rank. -> {bytes: int}"""
+    if path.suffix != ".tiktoken" or not path.is_file():
+        raise ValueError(f"no tokenizer '{path}': bytes, gpt2, or the path of a .tiktoken rank file")
+    try:
+        rows = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
+    except ValueError as error:
+        raise ValueError(f"{path}: not a .tiktoken rank file ({error})") from None
+    if any(bytes([i]) not in ranks for i in range(256)) or sorted(ranks.values()) != list(range(len(rows))):
+        raise ValueError(f"{path}: needs all 256 single bytes among its tokens, and ranks 0 to n - 1, once each")
+    if len(ranks) >= 2**16:
+        raise ValueError(f"{path}: {len(ranks) + 1} ids are too many, shards hold uint16")
+    return ranks
+
+
+# ---- 2. the shard format
+
+
+def atomic_write(path, *chunks):
+    """Write a file that is either whole or not there: another name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        for chunk in chunks:
+            f.write(chunk)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_shard(path, tokens):
+    """tokens: integers < 2**16, at most 2**31 - 1 of them. -> {"tokens": count, "sha256": of the file}"""
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    atomic_write(path, header.tobytes(), np.ascontiguousarray(tokens, "<u2").data)
+    return {"tokens": len(tokens), "sha256": file_sha256(path)}
+
+
+def count_tokens(f):
+    """The token count of a shard, open for reading; a ValueError names the file if it is not a whole shard."""
+    header, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
+    if len(header) < HEADER_BYTES:
+        raise ValueError(f"{f.name}: truncated, its {size} bytes are less than a shard's header")
+    magic, version, count = np.frombuffer(header, "<i4")[:3].tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise ValueError(f"{f.name}: not a token shard (starts with {magic}, {version}; expected {MAGIC}, {VERSION})")
+    if size != HEADER_BYTES + 2 * count:
+        state = "truncated" if size < HEADER_BYTES + 2 * count else "damaged"
+        raise ValueError(f"{f.name}: {state}, {count} tokens in its header, {(size - HEADER_BYTES) / 2:g} in the file")
+    return count
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- 3. reading
+
+
+def load_meta(folder):
+    """meta.json of a prepared folder; one without it that holds llm.c's fineweb_train_*.bin is taken for GPT-2's tokens."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        return meta | {"tokenizer": str(meta["tokenizer"]), "vocab_size": int(meta["vocab_size"])}
+    except FileNotFoundError:
+        if any(not path.name.startswith("train") for path in shard_paths(folder, "train")):
+            return {"tokenizer": "gpt2", "vocab_size": 50257}
+        raise FileNotFoundError(f"no data in '{folder}': {making_of(folder)}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / 'meta.json'}: damaged ({error!r}); {making_of(folder)} --overwrite") from None
+
+
+def making_of(folder):
+    """The command that makes `folder`, as far as its name tells."""
+    source, _, tokenizer = folder.name.partition("_")
+    source = source if source in (*HUB, *PYTHON_SOURCES) else "stdlib"
+    options = " --tokenizer=gpt2" if tokenizer == "gpt2" else ""
+    state = "its preparation has not finished, " if unfinished(folder).is_dir() else ""
+    return f"{state}run: python prepare_data.py {source}{options} --out_dir={folder}"
+
+
+def unfinished(folder):
+    return folder.with_name(folder.name + ".unfinished")
+
+
+def shard_paths(folder, split):
+    """train_000000.bin, ..., or as others name them: fineweb_train_000001.bin, ..."""
+    return sorted(path for path in Path(folder).glob("*.bin") if is_shard(path.name, split))
+
+
+def is_shard(name, split):
+    return re.search(rf"(^|_){split}_\d+\.bin$", name) is not None
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(n, *key):
+    """A permutation of range(n) that depends on `key` only. Raw Philox bits are the same in every version of numpy."""
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(n).argsort(kind="stable")
+
+
+class ShardReader:
+    """Windows of block_size + 1 tokens from the shards of one split of a folder.
+
+    Windows lie at a stride of block_size (the last token of one is the first of the next), and none crosses a shard.
+    Nothing is kept open or in memory: each read is checked against the file as it is then, so a shard that is deleted or cut
+    short during training is a ValueError with its name (a memory map would be a SIGBUS), and workers may fork.
+    """
+
+    def __init__(self, folder, split, block_size, vocab_size=None, seed=0):
+        self.folder, self.block_size, self.vocab_size, self.seed = folder, block_size, vocab_size, seed % 2**64
+        load_meta(folder)
+        self.paths = shard_paths(folder, split)
+        if not self.paths:
+            raise FileNotFoundError(f"no {split} shards in {folder}: {making_of(Path(folder))} --overwrite")
+        self.counts = [count_tokens(path) for path in self.paths]
+        self.windows = np.array([max(0, count - 1) // block_size for count in self.counts])  # (shards,)
+        self.n_tokens, self.n_windows = sum(self.counts), int(self.windows.sum())
+        if not self.n_windows:
+            raise ValueError(f"{folder}: {self.n_tokens} {split} tokens hold no window of block_size + 1 = {block_size + 1}")
+
+    def batch(self, first, n):
+        """Windows first .. first + n - 1 of the endless shuffled stream. -> (n, block_size + 1) int64
+
+        Position p is in epoch p // n_windows. An epoch is a permutation of all windows (shards shuffled, then the windows
+        of each) and a pure function of (seed, epoch): resuming needs only the position, and ranks that take disjoint
+        positions share no window within an epoch.
+        """
+        return self.gather(first, n, shuffled)
+
+    def sequential(self, first, n):
+        """Windows first .. first + n - 1 in file order, for validation. -> (n, block_size + 1) int64"""
+        if first + n > self.n_windows:
+            raise ValueError(f"{self.folder}: windows up to {first + n} asked for, {self.n_windows} there")
+        return self.gather(first, n, lambda n, *key: np.arange(n))
+
+    def gather(self, first, n, permutation):
+        out, done = np.empty((n, self.block_size + 1), np.int64), 0
+        while done < n:  # one run of windows from one shard at a time
+            epoch, position = divmod(first + done, self.n_windows)
+            order = permutation(len(self.paths), self.seed, epoch)
+            ends = np.cumsum(self.windows[order])
+            turn = int(np.searchsorted(ends, position, side="right"))
+            shard, begin = int(order[turn]), position - int(ends[turn - 1] if turn else 0)
+            windows = permutation(int(self.windows[shard]), self.seed, epoch, shard)[begin : begin + n - done]
+            self.read(shard, windows, out[done : done + len(windows)])
+            done += len(windows)
+        return out
+
+    def read(self, shard, windows, out):
+        """Fill out (len(windows), block_size + 1) from one shard."""
+        path, width = self.paths[shard], self.block_size + 1
+        try:
+            with open(path, "rb") as f:
+                if count_tokens(f) != self.counts[shard]:
+                    raise ValueError(f"{path}: changed while it was in use")
+                for row, window in zip(out, windows.tolist()):
+                    data = os.pread(f.fileno(), 2 * width, HEADER_BYTES + 2 * window * self.block_size)
+                    row[:] = np.frombuffer(data, "<u2", width)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: vanished while it was in use") from None
+        if self.vocab_size is not None and out.max() >= self.vocab_size:
+            raise ValueError(f"{path}: token id {out.max()} is beyond the vocabulary of {self.vocab_size}")
+
+
+# ---- 4. sources: which files there are, and the documents in them
+
+HUB = {  # source: (dataset on huggingface.co, folder in it)
+    "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT"),
+    "pile": ("monology/pile-uncopyrighted", "train"),
+    "pretokenized": ("kjj0/fineweb10B-gpt2", ""),
+}
+PYTHON_SOURCES = {"stdlib": "stdlib", "packages": "purelib"}  # source: its name in sysconfig.get_paths()
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # folders of Python sources
+FORMATS = (".txt", ".md", ".py", ".jsonl", ".jsonl.zst", ".parquet")
+BATCH = 2**20  # bytes of text that a worker gets at a time
+PART = 2**30  # bytes of input that are done or not done: small files go together, a large one alone
+
+
+class File(NamedTuple):
+    name: str  # path on disk, or in the dataset
+    size: int  # bytes
+    version: str  # modification time; on the hub its SHA-256
+    repo: str = ""  # dataset on the hub; empty for a local file
+
+
+def list_files(source, config):
+    """The files of a source, in the order of their documents. -> [File]"""
+    if source in HUB:
+        return list_hub(config.repo or HUB[source][0], HUB[source][1] if config.subset is None else config.subset, source)
+    root = Path(sysconfig.get_paths()[PYTHON_SOURCES[source]] if source in PYTHON_SOURCES else source)
+    if not root.exists():
+        raise ValueError(f"no source '{source}': {', '.join([*PYTHON_SOURCES, *HUB])}, or the path of a file or folder")
+    paths = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+    paths = [p for p in paths if p.name.endswith(FORMATS)]
+    if source in PYTHON_SOURCES:
+        paths = [p for p in paths if p.suffix == ".py" and not LEFT_OUT & set(p.relative_to(root).parts)]
+        random.Random(0).shuffle(paths)  # in alphabetical order the last shard would hold other subjects
+    if not paths:
+        raise ValueError(f"'{source}' holds no text; what can be read is {' '.join(FORMATS)}")
+    return [File(str(p), p.stat().st_size, str(p.stat().st_mtime_ns)) for p in paths]
+
+
+def list_hub(repo, folder, source):
+    """The files in one folder of a dataset on the hub, validation shards first. -> [File]"""
+    wanted = ".bin" if source == "pretokenized" else FORMATS[3:]
+    with hub(repo) as huggingface_hub:
+        tree = huggingface_hub.HfApi().list_repo_tree(repo, folder or None, recursive=True, repo_type="dataset")
+        found = [entry for entry in tree if entry.path.endswith(wanted)]
+    if not found:
+        raise ValueError(f"{repo} has no {' '.join([wanted] if source == 'pretokenized' else wanted)} in '{folder}'")
+    files = [File(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else "", repo) for entry in found]
+    return sorted(files, key=lambda file: ("_train_" in file.name, file.name))
+
+
+@contextlib.contextmanager
+def hub(repo):
+    """The huggingface_hub module, and one line for whatever keeps it from working."""
+    huggingface_hub = extra("huggingface_hub")
+    try:
+        yield huggingface_hub
+    except Exception as error:  # no network, proxy, time-out, HTTP status: a class of its own each
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"cannot reach {repo} on {huggingface_hub.constants.ENDPOINT} ({reason}): run it again where there is a "
+            "network, it goes on where it stopped; without one: python prepare_data.py stdlib, or name local files"
+        ) from None
+
+
+def extra(module):
+    """Import an optional package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise ValueError(f'{package} is not installed: pip install {package}, or pip install "nanoexperts[data]"') from None
+
+
+def fetch(file, folder):
+    """The path on disk of a File. One on the hub is downloaded into `folder` first, resumed if broken off, and checked."""
+    if not file.repo:
+        return Path(file.name)
+    with hub(file.repo) as huggingface_hub:
+        path = Path(huggingface_hub.hf_hub_download(file.repo, file.name, repo_type="dataset", local_dir=folder))
+    if path.stat().st_size != file.size or (file.version and file_sha256(path) != file.version):
+        path.unlink()
+        raise ValueError(f"{file.name} of {file.repo} arrived damaged and was deleted: run the same command again")
+    return path
+
+
+def read_batches(path, text_key):
+    """The documents of a file, about a megabyte at a time. -> ([str or None], bytes of the file they took), ..."""
+    if path.suffix == ".parquet":
+        batches = parquet_rows(path, text_key)
+    else:
+        batches = json_lines(path, text_key) if ".jsonl" in path.suffixes else text_blocks(path)
+    try:
+        yield from batches
+    except (OSError, ValueError) as error:  # a file that is cut short, or of another format than its name says
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parquet_rows(path, text_key):
+    table = extra("pyarrow.parquet").ParquetFile(path)
+    if text_key not in table.schema_arrow.names:
+        raise ValueError(f"no column '{text_key}' (--text_key) among {', '.join(table.schema_arrow.names)}")
+    for rows in table.iter_batches(batch_size=256, columns=[text_key]):
+        yield rows.column(0).to_pylist(), path.stat().st_size * len(rows) / table.metadata.num_rows
+
+
+def json_lines(path, text_key):
+    with open(path, "rb") as f:
+        lines, number, at = f, 0, 0
+        if path.suffix == ".zst":  # pyarrow's stream, unlike zstandard's, complains of a file that is cut short
+            lines = io.BufferedReader(extra("pyarrow").input_stream(f, compression="zstd"), BATCH)
+        while block := lines.readlines(BATCH):
+            try:
+                texts = [json.loads(line)[text_key] for number, line in enumerate(block, number + 1) if line.strip()]
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: not JSON in UTF-8 ({error})") from None
+            except (KeyError, TypeError):
+                raise ValueError(f"line {number}: no field '{text_key}' (--text_key)") from None
+            yield texts, f.tell() - at
+            at = f.tell()
+
+
+def text_blocks(path):
+    with open(path, encoding="utf-8", newline="") as f:
+        try:
+            while text := f.read(BATCH) + f.readline(BATCH):
+                yield [text], len(text.encode())
+        except UnicodeDecodeError as error:
+            if path.suffix != ".py":  # Python packages keep some sources in old encodings on purpose: left out
+                raise ValueError(f"not UTF-8 ({error.reason}): convert it or leave it out") from None
+
+
+# ---- 5. preparation: batches -> workers -> shards
+
+
+def is_validation(text, fraction):
+    """By a hash of the text: the same on every machine, in every order, for every copy of a document."""
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def tokenize(batch, spec, val_fraction):
+    """The work of a worker. -> ({split: uint16 array}, number of documents, bytes of the file they took)"""
+    tokenizer, (texts, progress) = get_tokenizer(spec), batch
+    eot = np.array([tokenizer.eot], np.uint16)
+    pieces = {"train": [eot[:0]], "val": [eot[:0]]}
+    texts = [text for text in texts if text]
+    for text in texts:
+        pieces["val" if is_validation(text, val_fraction) else "train"] += [eot, tokenizer.encode_array(text)]
+    return {split: np.concatenate(arrays) for split, arrays in pieces.items()}, len(texts), progress
+
+
+def ordered_map(pool, function, jobs, ahead):
+    """map() on an executor, at most `ahead` jobs in advance: pool.map would read all the input first."""
+    pending = deque()
+    for job in jobs:
+        pending.append(pool.submit(function, job))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def start_worker():
+    """Leave Ctrl-C to the parent, and end with it: the workers of a killed parent would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+class ShardWriter:
+    """Cuts one split's stream of tokens into shards; holds the tokens of two of them at most."""
+
+    def __init__(self, folder, split, number, shard_tokens):
+        self.folder, self.split, self.number, self.shard_tokens = folder, split, number, shard_tokens
+        self.pieces, self.waiting = [], 0
+        self.shards = {}  # file name -> {"tokens": count, "sha256": of the file}
+
+    def write(self, tokens):
+        self.pieces.append(tokens)
+        self.waiting += len(tokens)
+        while self.waiting >= self.shard_tokens:
+            self.flush()
+
+    def flush(self):
+        """Write what waits, as far as it fits one shard."""
+        if self.waiting:
+            tokens = np.concatenate(self.pieces)
+            path = self.folder / f"{self.split}_{self.number + len(self.shards):06d}.bin"
+            self.shards[path.name] = write_shard(path, tokens[: self.shard_tokens])
+            self.pieces, self.waiting = [tokens[self.shard_tokens :]], max(0, self.waiting - self.shard_tokens)
+
+
+class Preparation:
+    """A folder in the making: parts of a few files each, done one after the other and written down in state.json.
+
+    A part that is done is {"files", "shards": {name: {"tokens", "sha256"}}, "documents"}.
+    """
+
+    def __init__(self, work, settings, plan):
+        """plan: [[File]], the files of each part."""
+        self.work, self.settings, self.plan, self.parts = work, settings, plan, []
+        work.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            state = json.loads((work / "state.json").read_bytes())
+            for part, files in zip(state["parts"] if state["settings"] == settings else [], plan):
+                sizes = {work / name: HEADER_BYTES + 2 * shard["tokens"] for name, shard in part["shards"].items()}
+                if part["files"] != [list(f) for f in files] or any(path.stat().st_size != n for path, n in sizes.items()):
+                    break  # another file by now, or a shard that is gone
+                self.parts.append(part)
+
+    def shards(self, split):
+        return {name: s for part in self.parts for name, s in part["shards"].items() if is_shard(name, split)}
+
+    def tokens(self, split):
+        return sum(shard["tokens"] for shard in self.shards(split).values())
+
+    def room(self):
+        """Training tokens that may still come."""
+        return max(0, (self.settings["max_tokens"] or math.inf) - self.tokens("train"))
+
+    def run(self, make, paths, bar):
+        """Do the parts that are left. make: tokenize_part or take_part; paths: their files on disk, as they arrive."""
+        for files in self.plan[len(self.parts) :]:
+            if not self.room():
+                return
+            shards, documents = make(itertools.islice(paths, len(files)), self, bar)
+            self.parts.append({"files": files, "shards": shards, "documents": documents})
+            state = {"settings": self.settings, "parts": self.parts}
+            atomic_write(self.work / "state.json", json.dumps(state).encode())
+            bar.set_postfix_str(f"{self.tokens('train') / 1e6:.1f}M tokens")
+            for file in files:
+                if file.repo:
+                    (self.work / "raw" / file.name).unlink(missing_ok=True)
+
+    def fill_empty_split(self):
+        """One or two documents may all hash into one split: the other gets the end of its last shard."""
+        full, empty = ("train", "val") if self.tokens("train") else ("val", "train")
+        if self.tokens(empty) or not self.tokens(full):
+            return
+        name, fraction = max(self.shards(full)), self.settings["val_fraction"]
+        shards = next(part["shards"] for part in self.parts if name in part["shards"])
+        tokens = np.fromfile(self.work / name, "<u2", offset=HEADER_BYTES)
+        cut = int(len(tokens) * (1 - fraction if empty == "val" else fraction))
+        shards[f"{empty}_000000.bin"] = write_shard(self.work / f"{empty}_000000.bin", tokens[cut:])
+        shards[name] = write_shard(self.work / name, tokens[:cut])
+
+    def finish(self, out_dir, tokenizer):
+        """Write meta.json and give the folder its name. -> meta"""
+        self.fill_empty_split()
+        counts = {f"{split}_tokens": self.tokens(split) for split in ("train", "val")}
+        documents = sum(part["documents"] for part in self.parts)
+        shards = self.shards("train") | self.shards("val")
+        meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "source": " ".join(self.settings["sources"])}
+        meta |= counts | {"documents": documents, "shards": shards, "settings": self.settings}
+        if not counts["train_tokens"]:
+            raise ValueError(f"{meta['source']}: no text in these files")
+        for path in self.work.glob("*.bin"):
+            if path.name not in shards:  # of an earlier run, with other settings
+                path.unlink()
+        atomic_write(self.work / "meta.json", json.dumps(meta, indent=1).encode())
+        remove_folder(out_dir)
+        os.rename(self.work, out_dir)
+        (out_dir / "state.json").unlink()
+        shutil.rmtree(out_dir / "raw", ignore_errors=True)
+        return meta
+
+
+def tokenize_part(paths, preparation, bar, run, text_key):
+    """Tokenize the files of a part. `run` maps tokenize() over batches. -> (shards, number of documents)"""
+    size, room, documents = preparation.settings["shard_tokens"], preparation.room(), 0
+    writers = {s: ShardWriter(preparation.work, s, len(preparation.shards(s)), size) for s in ("train", "val")}
+    for tokens, n, progress in run(batch for path in paths for batch in read_batches(path, text_key)):
+        keep = min(room, len(tokens["train"]))
+        writers["train"].write(tokens["train"][:keep])
+        writers["val"].write(tokens["val"])
+        room, documents = room - keep, documents + n
+        bar.update(progress)
+        if not room:
+            break
+    for writer in writers.values():
+        writer.flush()
+    return writers["train"].shards | writers["val"].shards, documents
+
+
+def take_part(paths, preparation, bar):
+    """Take files that are shards already. -> (shards, number of documents: 0, unknown)"""
+    shards = {}
+    for path in paths:
+        with open(path, "rb") as f:
+            shards[path.name] = {"tokens": count_tokens(f), "sha256": file_sha256(path)}
+        bar.update(path.stat().st_size)
+        os.replace(path, preparation.work / path.name)
+    return shards, 0
+
+
+def group(files):
+    """Cut the list of files into parts of about PART bytes. -> [[File]]"""
+    parts, size = [[]], 0
+    for file in files:
+        if size + file.size > PART and parts[-1]:
+            parts.append([])
+            size = 0
+        parts[-1].append(file)
+        size += file.size
+    return parts
+
+
+def check_folder(out_dir, settings, overwrite):
+    """The meta of a folder that these settings have made before, checksums verified; None if it is to be made."""
+    if not out_dir.is_dir() or not any(out_dir.iterdir()):
+        return None
+    if not (out_dir / "meta.json").is_file():
+        raise ValueError(f"{out_dir} holds files that are not ours: name another --out_dir")
+    meta = load_meta(out_dir)
+    if overwrite:
+        return None
+    if meta.get("settings") != settings:
+        raise ValueError(f"{out_dir} holds data made with other settings: --overwrite it, or name another --out_dir")
+    for name, shard in meta["shards"].items():
+        if not (out_dir / name).is_file() or file_sha256(out_dir / name) != shard["sha256"]:
+            raise ValueError(f"{out_dir / name} is not what was written there (checksum): --overwrite")
+    return meta
+
+
+def remove_folder(folder):
+    """Remove a folder of shards and nothing else: what we did not make stays, and is an error."""
+    for path in [*folder.glob("*.bin"), *folder.glob("meta.json")]:
+        path.unlink()
+    if folder.exists():
+        folder.rmdir()
+
+
+def prepare(sources, config):
+    """From the sources to a whole folder of shards, or on from where an earlier run stopped. -> (folder, its meta)"""
+    spec = config.tokenizer or ("gpt2" if set(sources) & set(HUB) else "bytes")
+    tag = "" if spec == "bytes" or sources[0] in HUB else f"_{Path(spec).stem}"
+    out_dir = Path(config.out_dir or f"data/{Path(sources[0]).resolve().name.partition('.')[0]}{tag}")
+    settings = {"sources": sources, **asdict(config), "tokenizer": spec}
+    settings = {k: v for k, v in settings.items() if k not in ("out_dir", "workers", "dry_run", "overwrite")}
+    if not config.dry_run and (meta := check_folder(out_dir, settings, config.overwrite)):
+        return out_dir, meta
+    ready_made = "pretokenized" in sources
+    if ready_made and (len(sources) > 1 or spec != "gpt2"):
+        raise ValueError("pretokenized is GPT-2's tokens, ready-made: no other source or tokenizer goes with it")
+    tokenizer, workers = get_tokenizer(spec), config.workers or (1 if spec == "bytes" else cores())
+    files = [file for source in sources for file in list_files(source, config)]
+    if config.dry_run:
+        return out_dir, estimate(files, tokenizer, workers, config)
+
+    preparation = Preparation(unfinished(out_dir), settings, [[f] for f in files] if ready_made else group(files))
+    left = [file for part in preparation.plan[len(preparation.parts) :] for file in part]
+    size = sum(file.size for file in files)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=size, initial=size - sum(f.size for f in left), unit="B", unit_scale=True))
+        downloads = stack.enter_context(ThreadPoolExecutor(1))  # the next file arrives while this one is tokenized
+        paths = ordered_map(downloads, functools.partial(fetch, folder=preparation.work / "raw"), left, ahead=1)
+        run = functools.partial(map, functools.partial(tokenize, spec=spec, val_fraction=config.val_fraction))
+        if workers > 1 and not ready_made:
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker))
+            run = functools.partial(ordered_map, pool, run.args[0], ahead=3 * workers)
+        make = take_part if ready_made else functools.partial(tokenize_part, run=run, text_key=config.text_key)
+        preparation.run(make, paths, bar)
+    return out_dir, preparation.finish(out_dir, tokenizer)
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def estimate(files, tokenizer, workers, config):
+    """--dry_run: print what the work would read, write and take."""
+    unpack = {".parquet": 1.7, ".zst": 1.9, ".bin": 2.2}  # bytes of text in one byte of FineWeb's and the Pile's files
+    size = sum(file.size for file in files)
+    text = sum(file.size * unpack.get(Path(file.name).suffix, 1.0) for file in files)
+    sample = Path(__file__).read_text() * 20
+    begin = time.perf_counter()
+    bytes_per_token = len(sample) / len(tokenizer.encode_array(sample))
+    speed = len(sample) / (time.perf_counter() - begin) * workers  # bytes of text per second
+    tokens = text / bytes_per_token
+    share = min(1.0, (config.max_tokens or math.inf) / tokens)
+    print(f"{len(files)} files, {size / 1e9:.3f} GB, about {tokens / 1e9:.3f}G tokens by {tokenizer.name}")
+    if share < 1:
+        print(f"--max_tokens={config.max_tokens:,} needs about {share:.1%} of that")
+    if files[0].repo:
+        print(f"download {size * share / 1e9:.2f} GB: {size * share / 12.5e6 / 60:.0f} minutes at 100 Mbit/s")
+    if not files[0].name.endswith(".bin"):
+        print(f"tokenize: {text * share / speed / 60:.1f} minutes on {workers} cores")
+    print(f"write {2 * tokens * share / 1e9:.3f} GB of shards")
+
+
+def main():
+    parsed = parse(DataConfig, words=("sources*",), doc=__doc__)
+    config, sources = parsed.make(DataConfig), parsed.words["sources"]
+    if not sources:
+        fail(f"name a source: {', '.join([*PYTHON_SOURCES, *HUB])}, or the path of a file or folder (--help)")
+    try:
+        out_dir, meta = prepare(sources, config)
+    except (OSError, ValueError, BrokenExecutor) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here")
+    if meta:
+        print(f"{out_dir}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens", end="")
+        print(f" ({meta['tokenizer']}, {meta['vocab_size']} ids), {len(meta['shards'])} shards")
+        print(f"train on them: python train.py --dataset={out_dir}")
+
+
+if __name__ == "__main__":
+    main()
