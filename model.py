@@ -1,7 +1,8 @@
 """The transformer: GPT-2 and LLaMA blocks around the experts of moe.py, KV cache, checkpoints.
 
 Reads top to bottom: the configuration and what each flavour sets, attention, the block, GPT (forward, losses, generation).
-`python model.py config/unipool_182m.py` prints the parameter counts of a configuration.
+`python model.py config/unipool_182m.py` prints the parameter counts of a configuration, `--out_dir=out/x` a checkpoint's;
+`python model.py --out_dir=out/x --export=DIR` writes that checkpoint for transformers' AutoModelForCausalLM.
 
 Letters in shapes: B sequences, S positions, T = B*S tokens, D width, H heads, G key/value heads, d head width, V vocabulary,
 E experts, K chosen ones, L layers with experts.
@@ -597,6 +598,12 @@ class GPT(nn.Module):
         model.load_state_dict(saved["model"])
         return model.to(device).eval()
 
+    @classmethod
+    def from_hf(cls, name_or_dir):
+        """A gpt2, llama, mixtral, olmoe or qwen3_moe of transformers' (a name on its hub, or a folder), in float32."""
+        import hf  # lazily: it imports this file
+        return hf.load(name_or_dir)
+
 
 def load_checkpoint(path):
     """The dictionary in a checkpoint file: tensors and plain values only (weights_only), on the CPU."""
@@ -643,3 +650,58 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         outside = ordered.cumsum(-1) - ordered >= top_p  # (B, V), in the order of probability
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python model.py: what a configuration weighs, and the way to transformers
+
+@dataclass
+class ExportConfig:
+    export: str | None = None  # with --out_dir: write that checkpoint as a folder for transformers (safetensors, config.json)
+
+
+def part_of(name):
+    """Which part of the model the parameter `name` belongs to."""
+    if name.split(".")[0] in ("wte", "wpe", "head"):
+        return "embeddings"
+    parts = {".attention.": "attention", ".router.": "routers", "bank.": "experts", "pools.": "experts", ".ffn.": "dense FFN"}
+    return next((part for key, part in parts.items() if key in name), "norms")
+
+
+def print_parameters(config):
+    """Stored parameters, and those that one token uses, by part."""
+    with torch.device("meta"):
+        model = GPT(config)
+    stored = {}
+    for name, p in model.named_parameters():
+        stored[part_of(name)] = stored.get(part_of(name), 0) + p.numel()
+    total, active = sum(stored.values()), config.n_active_params()
+    rows = [(part, n, n if part != "experts" else active - total + n) for part, n in stored.items()]
+    print(f"{config.arch} {config.flavour}, {config.n_layer} layers\n{'parameters':12}{'stored':>16}{'active':>16}")
+    for part, n, used in [*rows, ("total", total, active)]:
+        print(f"{part:12}{n:16,}{used:16,}")
+
+
+def main():
+    from configurator import fail, parse
+    from train import TrainConfig  # config files have its keys, too
+    parsed = parse(ModelConfig, TrainConfig, ExportConfig, words=("config",), doc=__doc__)
+    folder, target = parsed.given.get("out_dir"), parsed.make(ExportConfig).export
+    if parsed.words["config"] or not folder:
+        if target:
+            fail("--export writes a trained model: name its folder with --out_dir, and no config file")
+        return print_parameters(parsed.make(ModelConfig))
+    import hf
+    from prepare_data import get_tokenizer
+    try:
+        saved = load_checkpoint(os.path.join(folder, "ckpt.pt"))
+        print_parameters(ModelConfig(**saved["model_config"]))
+        if target:
+            hf.export(GPT.from_checkpoint(folder), target, get_tokenizer(saved["tokenizer"]))
+            print(f'wrote {target}: AutoModelForCausalLM.from_pretrained("{target}")')
+    except (OSError, ValueError, ImportError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()
