@@ -52,7 +52,7 @@ class DataConfig:
     out_dir: str | None = None  # folder of shards to make; default data/SOURCE, or data/SOURCE_gpt2
     tokenizer: str | None = None  # bytes, gpt2 or FILE.tiktoken; default gpt2 for the hub's corpora, bytes for the rest
     text_key: str = "text"  # the field of a JSON line or parquet row that holds the document
-    val_fraction: float = 0.01  # share of the documents that is held out
+    val_fraction: float | None = None  # share of the documents held out; default 0.005 for the hub's corpora, 0.05 else
     max_tokens: int | None = None  # stop after so many training tokens
     shard_tokens: int = 100_000_000  # tokens in a shard
     workers: int | None = None  # processes; default one per core
@@ -62,12 +62,12 @@ class DataConfig:
     overwrite: bool = False  # replace the shards that out_dir holds
 
     def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
-        for name in ("max_tokens", "shard_tokens", "workers"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < 2**31 * (1000 if name == "max_tokens" else 1):
-                raise ValueError(f"{name}={value} must be at least 1 (a shard counts its tokens in an int32)")
+        if not 0 < self.shard_tokens < 2**31:
+            raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1, and fit the int32 of a shard's header")
+        if any(value is not None and value < 1 for value in (self.max_tokens, self.workers)):
+            raise ValueError("max_tokens and workers must be at least 1")
 
 
 # ---- 1. tokenizers
@@ -171,6 +171,11 @@ def count_tokens(f):
     return count
 
 
+def shard_size(path):
+    with open(path, "rb") as f:
+        return count_tokens(f)
+
+
 def file_sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as f:
@@ -215,7 +220,7 @@ def shard_paths(folder, split):
 
 
 def is_shard(name, split):
-    return re.search(rf"(^|_){split}_\d+\.bin$", name) is not None
+    return re.search(rf"(^|_)({split})_\d+\.bin$", name) is not None
 
 
 @functools.lru_cache(maxsize=8)
@@ -238,7 +243,7 @@ class ShardReader:
         self.paths = shard_paths(folder, split)
         if not self.paths:
             raise FileNotFoundError(f"no {split} shards in {folder}: {making_of(Path(folder))} --overwrite")
-        self.counts = [count_tokens(path) for path in self.paths]
+        self.counts = [shard_size(path) for path in self.paths]
         self.windows = np.array([max(0, count - 1) // block_size for count in self.counts])  # (shards,)
         self.n_tokens, self.n_windows = sum(self.counts), int(self.windows.sum())
         if not self.n_windows:
@@ -300,7 +305,7 @@ PYTHON_SOURCES = {"stdlib": "stdlib", "packages": "purelib"}  # source: its name
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # folders of Python sources
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".jsonl.zst", ".parquet")
 BATCH = 2**20  # bytes of text that a worker gets at a time
-PART = 2**30  # bytes of input that are done or not done: small files go together, a large one alone
+PART = 2**28  # bytes of input that count as done or not done: small files go together, a large one alone
 
 
 class File(NamedTuple):
@@ -548,8 +553,9 @@ class Preparation:
             if path.name not in shards:  # of an earlier run, with other settings
                 path.unlink()
         atomic_write(self.work / "meta.json", json.dumps(meta, indent=1).encode())
-        remove_folder(out_dir)
-        os.rename(self.work, out_dir)
+        for path in out_dir.iterdir() if out_dir.exists() else ():  # check_folder found nothing but what we made
+            path.unlink()
+        os.replace(self.work, out_dir)
         (out_dir / "state.json").unlink()
         shutil.rmtree(out_dir / "raw", ignore_errors=True)
         return meta
@@ -576,8 +582,7 @@ def take_part(paths, preparation, bar):
     """Take files that are shards already. -> (shards, number of documents: 0, unknown)"""
     shards = {}
     for path in paths:
-        with open(path, "rb") as f:
-            shards[path.name] = {"tokens": count_tokens(f), "sha256": file_sha256(path)}
+        shards[path.name] = {"tokens": shard_size(path), "sha256": file_sha256(path)}
         bar.update(path.stat().st_size)
         os.replace(path, preparation.work / path.name)
     return shards, 0
@@ -585,47 +590,34 @@ def take_part(paths, preparation, bar):
 
 def group(files):
     """Cut the list of files into parts of about PART bytes. -> [[File]]"""
-    parts, size = [[]], 0
-    for file in files:
-        if size + file.size > PART and parts[-1]:
-            parts.append([])
-            size = 0
-        parts[-1].append(file)
-        size += file.size
-    return parts
+    ends = itertools.accumulate(file.size for file in files)
+    return [[file for file, _ in part] for _, part in itertools.groupby(zip(files, ends), lambda pair: pair[1] // PART)]
 
 
 def check_folder(out_dir, settings, overwrite):
     """The meta of a folder that these settings have made before, checksums verified; None if it is to be made."""
-    if not out_dir.is_dir() or not any(out_dir.iterdir()):
-        return None
-    if not (out_dir / "meta.json").is_file():
+    names = [path.name for path in out_dir.iterdir()] if out_dir.is_dir() else []
+    ours = [name for name in names if is_shard(name, "train|val") or name in ("meta.json", "state.json")]
+    if names and (len(ours) < len(names) or "meta.json" not in names):
         raise ValueError(f"{out_dir} holds files that are not ours: name another --out_dir")
-    meta = load_meta(out_dir)
-    if overwrite:
+    if not names or overwrite:
         return None
+    meta = load_meta(out_dir)
     if meta.get("settings") != settings:
         raise ValueError(f"{out_dir} holds data made with other settings: --overwrite it, or name another --out_dir")
     for name, shard in meta["shards"].items():
-        if not (out_dir / name).is_file() or file_sha256(out_dir / name) != shard["sha256"]:
+        if name not in names or file_sha256(out_dir / name) != shard["sha256"]:
             raise ValueError(f"{out_dir / name} is not what was written there (checksum): --overwrite")
     return meta
 
 
-def remove_folder(folder):
-    """Remove a folder of shards and nothing else: what we did not make stays, and is an error."""
-    for path in [*folder.glob("*.bin"), *folder.glob("meta.json")]:
-        path.unlink()
-    if folder.exists():
-        folder.rmdir()
-
-
 def prepare(sources, config):
     """From the sources to a whole folder of shards, or on from where an earlier run stopped. -> (folder, its meta)"""
-    spec = config.tokenizer or ("gpt2" if set(sources) & set(HUB) else "bytes")
+    from_hub = bool(set(sources) & set(HUB))
+    spec, fraction = config.tokenizer or ("gpt2" if from_hub else "bytes"), config.val_fraction or (0.005 if from_hub else 0.05)
     tag = "" if spec == "bytes" or sources[0] in HUB else f"_{Path(spec).stem}"
     out_dir = Path(config.out_dir or f"data/{Path(sources[0]).resolve().name.partition('.')[0]}{tag}")
-    settings = {"sources": sources, **asdict(config), "tokenizer": spec}
+    settings = {"sources": sources, **asdict(config), "tokenizer": spec, "val_fraction": fraction}
     settings = {k: v for k, v in settings.items() if k not in ("out_dir", "workers", "dry_run", "overwrite")}
     if not config.dry_run and (meta := check_folder(out_dir, settings, config.overwrite)):
         return out_dir, meta
@@ -637,14 +629,14 @@ def prepare(sources, config):
     if config.dry_run:
         return out_dir, estimate(files, tokenizer, workers, config)
 
-    preparation = Preparation(unfinished(out_dir), settings, [[f] for f in files] if ready_made else group(files))
+    preparation = Preparation(unfinished(out_dir), settings, group(files))
     left = [file for part in preparation.plan[len(preparation.parts) :] for file in part]
     size = sum(file.size for file in files)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=size, initial=size - sum(f.size for f in left), unit="B", unit_scale=True))
         downloads = stack.enter_context(ThreadPoolExecutor(1))  # the next file arrives while this one is tokenized
         paths = ordered_map(downloads, functools.partial(fetch, folder=preparation.work / "raw"), left, ahead=1)
-        run = functools.partial(map, functools.partial(tokenize, spec=spec, val_fraction=config.val_fraction))
+        run = functools.partial(map, functools.partial(tokenize, spec=spec, val_fraction=fraction))
         if workers > 1 and not ready_made:
             spawn = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker))
@@ -669,14 +661,15 @@ def estimate(files, tokenizer, workers, config):
     speed = len(sample) / (time.perf_counter() - begin) * workers  # bytes of text per second
     tokens = text / bytes_per_token
     share = min(1.0, (config.max_tokens or math.inf) / tokens)
-    print(f"{len(files)} files, {size / 1e9:.3f} GB, about {tokens / 1e9:.3f}G tokens by {tokenizer.name}")
+    human = lambda n: tqdm.format_sizeof(n, divisor=1000)
+    print(f"{len(files)} files of {human(size)}B, about {human(tokens)} {tokenizer.name} tokens")
     if share < 1:
-        print(f"--max_tokens={config.max_tokens:,} needs about {share:.1%} of that")
+        print(f"--max_tokens={config.max_tokens} needs {share:.1%} of them")
     if files[0].repo:
-        print(f"download {size * share / 1e9:.2f} GB: {size * share / 12.5e6 / 60:.0f} minutes at 100 Mbit/s")
+        print(f"download  {human(size * share)}B, at 100 Mbit/s {tqdm.format_interval(size * share / 12.5e6)}")
     if not files[0].name.endswith(".bin"):
-        print(f"tokenize: {text * share / speed / 60:.1f} minutes on {workers} cores")
-    print(f"write {2 * tokens * share / 1e9:.3f} GB of shards")
+        print(f"tokenize  {human(text * share)}B of text, on {workers} cores {tqdm.format_interval(text * share / speed)}")
+    print(f"write     {human(2 * tokens * share)}B")
 
 
 def main():
