@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -84,10 +84,26 @@ class ModelConfig:
     backend: Literal["auto", "loop", "grouped", "triton"] = "auto"  # who multiplies the experts
 
     def __post_init__(self):
-        set_by_hand = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+        self._check_values()
         self._resolve()
-        self._check_shape()
-        {"dense": self._check_dense, "infmoe": self._check_infmoe}.get(self.flavour, self._check_discrete)(set_by_hand)
+        self._check_shape(given)
+        {"dense": self._check_dense, "infmoe": self._check_infmoe}.get(self.flavour, self._check_discrete)(given)
+
+    def _check_values(self):
+        """Each field by itself: its type, as on the command line, and its range."""
+        for name, hint in get_type_hints(ModelConfig).items():
+            value, parts = getattr(self, name), get_args(hint) or (hint,)  # int | None -> int, NoneType
+            choices = [c for part in (hint, *parts) for c in get_args(part) if isinstance(c, str)]  # of a Literal
+            kinds = [part for part in parts if isinstance(part, type)]
+            expected = f"one of {', '.join(choices)}" if choices else " or ".join(k.__name__ for k in kinds).replace("NoneType", "None")
+            if type(value) is int and float in kinds:
+                value = float(value)
+                setattr(self, name, value)
+            _require(type(value) in kinds or value in choices, f"{name}={value!r} must be {expected}")
+            low = 0 if name in MAY_BE_ZERO else 1
+            _require(type(value) is not int or value >= low, f"{name}={value} must be at least {low}")
+            _require(type(value) is not float or 0 <= value < math.inf, f"{name}={value} must be finite and not negative")
 
     def _default(self, **values):
         for name, value in values.items():
@@ -109,8 +125,10 @@ class ModelConfig:
         if self.flavour == "infmoe":
             self._default(d_expert=2 * self.d_ff)
             return
-        self._default(n_shared_experts=0, d_expert=self.d_ff, balance_scores="normalised" if self.router == "sigmoid" else "raw",
+        self._default(n_shared_experts=0, d_expert=self.d_ff,
                       n_experts=8 * len(self.moe_layers()) // max(1, self.pool_groups or len(self.moe_layers())))
+        if self.balance in ("layer", "pool"):
+            self._default(balance_scores="normalised" if self.router == "sigmoid" else "raw")
 
     def moe_layers(self):
         """Indices of the blocks that have experts."""
@@ -122,14 +140,16 @@ class ModelConfig:
         """infmoe: the rate of each hidden layer."""
         return self.infmoe_rate if isinstance(self.infmoe_rate, tuple) else (self.infmoe_rate,) * self.infmoe_depth
 
-    def _check_shape(self):
-        for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "head_dim", "block_size", "vocab_size", "moe_every"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+    def _check_shape(self, given):
+        _require("head_dim" in given or self.d_model % self.n_head == 0,
+                 f"n_head={self.n_head} must divide d_model={self.d_model}, or head_dim be set")
         _require(self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
         _require(self.head_dim * self.n_head == self.d_model or self.arch == "llama",
                  f"head_dim={self.head_dim} times n_head={self.n_head} must be d_model={self.d_model} for arch=gpt2")
         _require(self.arch == "gpt2" or self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
-        _require(0 <= self.dropout < 1, f"dropout={self.dropout} must lie in [0, 1)")
+        _require(self.dropout < 1, f"dropout={self.dropout} must lie in [0, 1)")
+        for name in ("norm_eps", "rope_base"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
 
     def _check_dense(self, given):
         names = [n for n in FIELDS_OF_EXPERTS if n in given and getattr(self, n) != DEFAULTS[n]]
@@ -138,9 +158,8 @@ class ModelConfig:
     def _check_discrete(self, given):
         names = [n for n in given if n.startswith("infmoe_")]
         _require(not names, f"{', '.join(names)} has no meaning with flavour={self.flavour}: set flavour=infmoe or leave it out")
-        _require(1 <= self.top_k <= self.n_experts, f"top_k={self.top_k} must lie between 1 and n_experts={self.n_experts}")
-        _require(self.d_expert >= 1, f"d_expert={self.d_expert} must be at least 1")
-        _require(self.n_shared_experts >= 0, f"n_shared_experts={self.n_shared_experts} must not be negative")
+        self._check_pools()
+        _require(self.top_k <= self.n_experts, f"top_k={self.top_k} must lie between 1 and n_experts={self.n_experts}")
         _require(not (self.norm_topk_prob and self.top_k == 1), "norm_topk_prob=True with top_k=1 makes every gate 1 and "
                  "leaves the router without gradient: set norm_topk_prob=False or top_k >= 2")
         _require(not self.specialization_coef or self.top_k >= 2, f"specialization_coef={self.specialization_coef} compares "
@@ -149,16 +168,15 @@ class ModelConfig:
                  f"expert layers, and n_layer={self.n_layer} with moe_every={self.moe_every} leaves one: set coupling_coef=0")
         _require(self.coupling == "mass" or self.coupling_coef, f"coupling={self.coupling} does nothing without coupling_coef: "
                  "set coupling_coef (the paper uses 1e-3) or leave coupling out")
-        self._check_pools()
+        _require(self.balance in ("layer", "pool") or self.balance_scores is None, f"balance_scores={self.balance_scores} "
+                 f"does nothing with balance={self.balance}: set balance=layer or pool, or leave balance_scores out")
 
     def _check_pools(self):
         layers, groups = len(self.moe_layers()), self.pool_groups
         _require(layers > 0, f"moe_every={self.moe_every} leaves no block of n_layer={self.n_layer} with experts")
-        _require(groups >= 0, f"pool_groups={groups} must not be negative")
         _require(groups == 0 or layers % groups == 0, f"pool_groups={groups} must divide the {layers} layers with experts")
         _require(not (self.balance == "pool" and groups == 0), "balance=pool needs a pool: set pool_groups >= 1, or "
                  "balance=layer for private experts (pool_groups=0)")
-        _require(self.balance_coef >= 0, f"balance_coef={self.balance_coef} must not be negative")
         _require(self.balance != "none" or not self.balance_coef, f"balance_coef={self.balance_coef} does nothing with "
                  "balance=none: set balance, or balance_coef=0")
 
@@ -170,9 +188,6 @@ class ModelConfig:
                  f"balance={self.balance} has no meaning with flavour=infmoe: set balance=none or balance=layer")
         _require(self.backend != "grouped",
                  "backend=grouped multiplies discrete experts and flavour=infmoe has none: set backend=auto, loop or triton")
-        for name in ("infmoe_samples", "infmoe_dz", "infmoe_depth", "infmoe_components", "d_expert"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        _require(self.infmoe_hidden >= 0, f"infmoe_hidden={self.infmoe_hidden} must not be negative")
         _require(not self.specialization_coef or (self.infmoe_samples >= 2 and not self.infmoe_mean),
                  f"specialization_coef={self.specialization_coef} compares the samples of one token: it needs "
                  "infmoe_samples >= 2 and infmoe_mean=False, or specialization_coef=0")
@@ -224,10 +239,16 @@ class ModelConfig:
     def _active_per_layer(self, bank):
         if self.flavour != "infmoe":
             return self.top_k * (bank.w_in[0].numel() + bank.w_out[0].numel())
-        samples = 1 if self.infmoe_mean else self.infmoe_samples
-        share = [1.0] + [1.0 if r is None else min(1.0, samples * r) for r in self.rates()]
+        share = [1.0] + [1.0 if r is None else min(1.0, self._masks_of(i) * r) for i, r in enumerate(self.rates())]
         matrices = sum(round(w.numel() * below * above) for w, below, above in zip(bank.w_in, share, share[1:]))
         return matrices + round(bank.w_out.numel() * share[-1]) + sum(w.numel() for w in bank.w_z.values())
+
+    def _masks_of(self, i):
+        """How many masks a token has in hidden layer i: one per sample, or one where z = mu and nothing before it is drawn."""
+        start = 0 if self.infmoe_mean else self.infmoe_depth if self.infmoe_mean_from is None else self.infmoe_mean_from
+        if self.infmoe_z == "hierarchical":
+            i = [rate is None for rate in self.rates()].index(False)  # the first z, on which all others depend
+        return self.infmoe_samples if i < start else 1
 
 
 def _require(condition, message):
@@ -237,6 +258,7 @@ def _require(condition, message):
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
 FIELDS_OF_EXPERTS = list(DEFAULTS)[list(DEFAULTS).index("n_experts"):-1]  # n_experts .. infmoe_hidden
+MAY_BE_ZERO = ("n_shared_experts", "pool_groups", "infmoe_mean_from", "infmoe_hidden")  # all other whole numbers are >= 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -565,11 +587,14 @@ class GPT(nn.Module):
     # ---- inference
 
     def set_samples(self, n_samples=None, mean=None):
-        """infmoe: another number of samples K, or z = mu, for inference."""
+        """infmoe: another number of samples K, or z = mu (mean=False: as trained again), for inference."""
+        _require(self.config.flavour == "infmoe", f"flavour={self.config.flavour} draws no samples: set_samples is for infmoe")
+        _require(n_samples is None or n_samples >= 1, f"n_samples={n_samples} must be at least 1")
         for module in self.modules():
             if isinstance(module, moe.GaussianRouter):
                 module.n_samples = n_samples or module.n_samples
-                module.mean = module.mean if mean is None else mean
+                if mean is not None:
+                    module.mean = mean or module.logvar is None  # a router trained without Sigma has only its mean
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True):
@@ -612,7 +637,7 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}: train one with  python train.py --out_dir={folder}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["model"], saved["model_config"]
+        saved["model"], ModelConfig(**saved["model_config"])
         return saved
     except Exception as error:  # a truncated zip, a hostile pickle, another program's file: torch has a type for each
         raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}: truncated, or not one of ours): "
