@@ -94,13 +94,12 @@ class ModelConfig:
         """Each field by itself: its type, as on the command line, and its range."""
         for name, hint in get_type_hints(ModelConfig).items():
             value, parts = getattr(self, name), get_args(hint) or (hint,)  # int | None -> int, NoneType
-            choices = [c for part in (hint, *parts) for c in get_args(part) if isinstance(c, str)]  # of a Literal
-            kinds = [part for part in parts if isinstance(part, type)]
-            expected = f"one of {', '.join(choices)}" if choices else " or ".join(k.__name__ for k in kinds).replace("NoneType", "None")
-            if type(value) is int and float in kinds:
+            allowed = [kind for part in parts for kind in get_args(part) or (part,)]  # Literal["a", "b"] -> "a", "b"
+            if type(value) is int and float in allowed:
                 value = float(value)
                 setattr(self, name, value)
-            _require(type(value) in kinds or value in choices, f"{name}={value!r} must be {expected}")
+            expected = " | ".join(getattr(kind, "__name__", kind) for kind in allowed).replace("NoneType", "None")
+            _require(type(value) in allowed or value in allowed, f"{name}={value!r}: expected {expected}")
             low = 0 if name in MAY_BE_ZERO else 1
             _require(type(value) is not int or value >= low, f"{name}={value} must be at least {low}")
             _require(type(value) is not float or 0 <= value < math.inf, f"{name}={value} must be finite and not negative")
