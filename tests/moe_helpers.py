@@ -1,8 +1,10 @@
-"""What the tests of moe.py and model.py share: small configurations, real text, one training step, the composition table."""
+"""What the tests of moe.py and model.py share: small configurations, real text, training steps, literal layers, and the table of
+what composes with what."""
 import argparse
 import difflib
 import itertools
 import json
+import math
 import textwrap
 from pathlib import Path
 
@@ -75,6 +77,67 @@ def train(model, steps, batch=8, lr=1e-2, first=0):
         model.update_balance(output.stats)
         losses.append(output.loss.item())
     return losses
+
+
+# ---- the layers of moe.py as loops over tokens, choices and samples
+
+def literal_activation(h, activation):
+    """h: (F,) or (2F,) = [gate; up]."""
+    if activation == "gelu":
+        return 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    gate, up = h[: len(h) // 2], h[len(h) // 2:]
+    return gate * torch.sigmoid(gate) * up
+
+
+def literal_moe(x, layer, bank):
+    """y = sum_k gate_k W_out act(W_in x) (+ shared experts): token by token, choice by choice."""
+    routing, rows, kept = layer.router(x), [], []
+    for t in range(len(x)):
+        y, acts = torch.zeros_like(x[t]), []
+        for gate, e in zip(routing.weights[t], routing.ids[t].tolist()):
+            acts.append(literal_activation(bank.w_in[e] @ x[t], bank.activation))
+            y = y + gate * (bank.w_out[e] @ acts[-1])
+        if layer.shared is not None:
+            y = y + layer.shared.w_out.weight @ literal_activation(layer.shared.w_in.weight @ x[t], bank.activation)
+        rows, kept = rows + [y], kept + [torch.stack(acts)]
+    return torch.stack(rows), torch.stack(kept)
+
+
+def literal_mask(scores, n_keep):
+    """Exactly n_keep raw values of a row (F,), the largest, ties to the lowest index."""
+    if n_keep is None:
+        return None
+    order = sorted(range(len(scores)), key=lambda j: (-scores[j].item(), j))[:n_keep]
+    keep = torch.zeros(len(scores), dtype=torch.bool)
+    keep[order] = True
+    return torch.where(keep, scores, torch.zeros_like(scores))
+
+
+def literal_continuous(x, codes, bank):
+    """y = (1/K) sum_k f(x, z_k), every f a whole FFN of H hidden layers, token by token."""
+    samples = max((c.z.shape[1] for c in codes if c is not None), default=1)
+    rows = []
+    for t in range(len(x)):
+        total = 0
+        for k in range(samples):
+            h, mask = x[t], None
+            for i, w in enumerate(bank.w_in):
+                if codes[i] is not None and (not bank.share_mask or mask is None):
+                    z = codes[i].z[t, k if codes[i].z.shape[1] > 1 else 0]
+                    mask = literal_mask(bank.w_z[str(i)] @ z, bank.n_keep[i])
+                m = None if codes[i] is None else mask
+                pre = w @ h
+                if m is None:
+                    h = literal_activation(pre, bank.activation)
+                elif bank.mask == "post":
+                    h = m * literal_activation(pre, bank.activation)
+                elif bank.activation == "gelu":
+                    h = literal_activation(m * pre, "gelu")
+                else:  # act(m * W_g x) * (W_u x)
+                    h = literal_activation(torch.cat((m, torch.ones_like(m))) * pre, "swiglu")
+            total = total + bank.w_out @ h
+        rows.append(total / samples)
+    return torch.stack(rows)
 
 
 # ---- the composition table (papers.md, section 4)
