@@ -75,16 +75,15 @@ def load(name):
     transformers = need_transformers()
     try:
         hf_config = transformers.AutoConfig.from_pretrained(name)
-        config = read_config(hf_config, name)
-        weights = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").state_dict()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no such folder, no such name on the hub, no network, no config.json
         raise ValueError(f"{name}: no model that transformers can read ({str(error).splitlines()[0]})") from None
+    config = read_config(hf_config, name)
+    weights = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").state_dict()
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict({ours: take(weights, ours, config.arch) for ours in model.state_dict()}, assign=True)
     if config.tie_embeddings:
-        weights.pop("lm_head.weight")
-        model.head.weight = model.wte.weight
+        model.head.weight = model.wte.weight  # `assign` had separated them
     if weights:
         raise ValueError(f"{name}: nothing here corresponds to {', '.join(sorted(weights)[:3])}")
     return model
@@ -92,7 +91,7 @@ def load(name):
 
 def take(weights, name, arch):
     """Our parameter `name` out of their dictionary, which shrinks by it; float32."""
-    parts = [weights[theirs] if name == "head.weight" else weights.pop(theirs) for theirs in their_names(name, arch)]
+    parts = [weights.pop(theirs) for theirs in their_names(name, arch)]
     return transposed(name, torch.cat(parts), arch).float().contiguous()
 
 

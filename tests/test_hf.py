@@ -1,0 +1,221 @@
+"""hf.py against transformers itself: the same weights must give the same logits, in both directions.
+
+  1. in: logits      2. in: what is refused      3. out: logits, round trips      4. out: what is refused      5. fine-tuning
+"""
+import subprocess
+import sys
+
+import pytest
+import torch
+from probe_helpers import CONTEXT, VOCAB, hf_model, saved, text_shards, tokens
+
+from model import GPT, ModelConfig
+from prepare_data import get_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+hf = pytest.importorskip("hf")
+
+
+def same_logits(mine, theirs):
+    x = tokens()
+    with torch.no_grad():
+        expected = theirs(x).logits
+        assert expected.std() > 0.5  # nothing vanishes
+        torch.testing.assert_close(mine(x).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. In.
+
+@pytest.mark.parametrize("model_type, changes", [
+    ("gpt2", {}),  # tied, biases everywhere
+    ("gpt2", dict(tie_word_embeddings=False, n_inner=56, layer_norm_epsilon=1e-3)),
+    ("llama", {}),  # grouped key/value heads, untied
+    ("llama", dict(tie_word_embeddings=True, num_key_value_heads=4, rms_norm_eps=1e-3)),
+    ("llama", dict(head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6})),  # wide heads
+    ("mixtral", {}),
+    ("mixtral", dict(sliding_window=CONTEXT, num_experts_per_tok=6)),  # a window as long as the context changes nothing; K = E
+    ("olmoe", {}),  # qk_norm over all heads, raw gates
+    ("olmoe", dict(norm_topk_prob=True, num_experts_per_tok=3)),
+    ("qwen3_moe", dict(norm_topk_prob=True)),  # qk_norm per head
+    ("qwen3_moe", dict(norm_topk_prob=False, num_hidden_layers=4, decoder_sparse_step=2)),  # every second block is dense
+    ("qwen3_moe", dict(norm_topk_prob=False, num_experts_per_tok=1, tie_word_embeddings=True)),
+])
+def test_logits_equal_transformers(model_type, changes, tmp_path):
+    theirs = hf_model(model_type, **changes)
+    mine = GPT.from_hf(saved(theirs, tmp_path))
+    same_logits(mine, theirs)
+    assert mine.config.n_params() == sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in mine.parameters())
+    assert mine.config.block_size == CONTEXT and mine.config.vocab_size == VOCAB
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in mine.parameters())
+
+
+def test_half_precision_files_become_float32(tmp_path):
+    folder = saved(hf_model("mixtral").bfloat16(), tmp_path)
+    same_logits(GPT.from_hf(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+def test_generation_with_cache_equals_transformers(tmp_path):
+    theirs = hf_model("qwen3_moe", norm_topk_prob=True)
+    mine, x = GPT.from_hf(saved(theirs, tmp_path)).eval(), tokens(2, 8)
+    new = torch.cat(list(mine.generate(x, 12, temperature=0)), dim=1)
+    expected = theirs.generate(x, max_new_tokens=12, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(x))
+    assert torch.equal(new, expected[:, 8:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. In: what would compute something else here is refused by name.
+
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize("model_type, changes, words", [
+    ("llama", dict(rope_parameters=LINEAR), "rope_type=linear"),
+    ("llama", dict(attention_bias=True), "attention_bias"),
+    ("llama", dict(mlp_bias=True), "mlp_bias"),
+    ("llama", dict(hidden_act="gelu"), "hidden_act=gelu"),
+    ("mixtral", dict(sliding_window=CONTEXT - 1), f"sliding_window={CONTEXT - 1}"),
+    ("olmoe", dict(clip_qkv=8.0), "clip_qkv"),
+    ("qwen3_moe", dict(mlp_only_layers=[0]), "mlp_only_layers"),
+    ("qwen3_moe", dict(use_sliding_window=True, sliding_window=8), "sliding_window=8"),
+    ("gpt2", dict(activation_function="relu"), "activation_function=relu"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+    ("qwen2_moe", {}, "model type qwen2_moe"),
+])
+def test_other_architectures_are_refused(model_type, changes, words, tmp_path):
+    folder = saved(hf_model(model_type, **changes), tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        GPT.from_hf(folder)
+    assert "gpt2, llama, mixtral, olmoe, qwen3_moe" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_model_there(tmp_path):
+    with pytest.raises(ValueError, match="no model that transformers can read"):
+        GPT.from_hf(str(tmp_path))
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'pip install "nanoexperts\[hf\]"'):
+        GPT.from_hf("gpt2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Out.
+
+SIZE = dict(n_layer=2, n_head=4, d_model=32, d_ff=40, block_size=CONTEXT, vocab_size=VOCAB)
+TOPK = dict(arch="llama", flavour="topk", n_experts=6, d_expert=24, n_kv_head=2)
+
+
+def random_model(**settings):
+    model = GPT(ModelConfig(**SIZE | settings)).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("settings, architecture", [
+    (dict(arch="gpt2"), "GPT2LMHeadModel"),  # tied
+    (dict(arch="gpt2", tie_embeddings=False), "GPT2LMHeadModel"),
+    (dict(arch="llama", n_kv_head=2, head_dim=16, rope_base=1e6), "LlamaForCausalLM"),
+    (dict(arch="llama", tie_embeddings=True), "LlamaForCausalLM"),
+    (TOPK, "MixtralForCausalLM"),
+    (TOPK | dict(head_dim=16, top_k=3), "MixtralForCausalLM"),
+    (TOPK | dict(qk_norm="full", norm_topk_prob=False), "OlmoeForCausalLM"),
+    (TOPK | dict(qk_norm="head", norm_topk_prob=False, moe_every=2, head_dim=16), "Qwen3MoeForCausalLM"),
+    (TOPK | dict(flavour="switch", qk_norm="head"), "Qwen3MoeForCausalLM"),  # top 1, raw gates
+])
+def test_export_loads_in_transformers_and_comes_back(settings, architecture, tmp_path):
+    model = random_model(**settings)
+    hf.export(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == architecture and list(tmp_path.glob("*.safetensors"))
+    same_logits(model, theirs)
+    again = GPT.from_hf(str(tmp_path))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    x = tokens()
+    assert torch.equal(again(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("spec", ["bytes", "ranks"])
+def test_export_of_the_tokenizer(spec, tmp_path):
+    if spec == "ranks":  # a vocabulary with merges, one of them of merges
+        import base64
+        words = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w", "é".encode(), b"  "]
+        spec = str(tmp_path / "x.tiktoken")
+        with open(spec, "w") as f:
+            f.writelines(f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words))
+    tokenizer = get_tokenizer(spec)
+    hf.export(random_model(vocab_size=tokenizer.vocab_size), tmp_path / "x", tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
+    text = "hello  whello, é ∞ 'll\n\n\tend "
+    assert theirs.encode(text) == tokenizer.encode(text) and theirs.decode(tokenizer.encode(text)) == text
+    assert theirs.eos_token_id == tokenizer.eot and len(theirs) == tokenizer.vocab_size
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Out: what no architecture there computes.
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(flavour="infmoe"), "flavour=infmoe"),
+    (dict(flavour="unipool", arch="llama", n_experts=6), "pool_groups=1"),
+    (dict(flavour="topk", n_experts=6), "arch=gpt2"),
+    (TOPK | dict(norm_topk_prob=False), "norm_topk_prob=False"),
+    (TOPK | dict(router="sigmoid"), "router=sigmoid"),
+    (TOPK | dict(n_shared_experts=1), "n_shared_experts=1"),
+    (TOPK | dict(balance="bias"), "balance=bias"),
+    (TOPK | dict(moe_every=2), "moe_every=2"),
+    (TOPK | dict(qk_norm="full", head_dim=16), "head_dim=16"),
+    (dict(arch="llama", qk_norm="head"), "qk_norm=head"),
+    (dict(arch="llama", bias=True), "bias=True"),
+    (dict(arch="gpt2", bias=False), "bias=False"),
+])
+def test_export_refuses_with_the_reason(settings, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        hf.export(random_model(**settings), tmp_path / "x")
+    assert "can be exported" in str(error.value) and not (tmp_path / "x").exists()
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    """python model.py: counts of a config, counts and export of a checkpoint, mistakes in one line."""
+    import model as model_py
+    trained = random_model(**TOPK)
+    torch.save({"model": trained.state_dict(), "model_config": vars(trained.config), "tokenizer": "bytes"}, tmp_path / "ckpt.pt")
+    target = tmp_path / "theirs"
+    monkeypatch.setattr(sys, "argv", ["model.py", f"--out_dir={tmp_path}", f"--export={target}"])
+    model_py.main()
+    printed = capsys.readouterr().out
+    assert f"{trained.config.n_params():,}" in printed and f"{trained.config.n_active_params():,}" in printed
+    same_logits(trained, transformers.AutoModelForCausalLM.from_pretrained(target).eval())
+    assert transformers.AutoTokenizer.from_pretrained(target).eos_token_id == 256
+    for argv, words in ((["--export=x"], "--out_dir"), ([f"--out_dir={tmp_path}/no", "--export=x"], "no checkpoint")):
+        monkeypatch.setattr(sys, "argv", ["model.py", *argv])
+        with pytest.raises(SystemExit) as stop:
+            model_py.main()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_python_model_py_as_a_program(tmp_path):
+    done = subprocess.run([sys.executable, "model.py", "config/unipool_182m.py"], capture_output=True, text=True)
+    assert done.returncode == 0 and "777,898,764" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Fine-tuning from them, with the losses of the third paper.
+
+def test_fine_tuning_step(tmp_path, monkeypatch, capsys):
+    import train
+    folder, data = saved(hf_model("olmoe"), tmp_path / "hf"), text_shards(tmp_path / "data", 20_000, 2_000)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--init_from=hf:{folder}", f"--dataset={data}", f"--out_dir={tmp_path}/out",
+                                      "--max_steps=2", "--batch_tokens=256", "--micro_batch=4", "--eval_tokens=256", "--lr=1e-3",
+                                      "--specialization_coef=2e-3", "--coupling_coef=1e-3", "--device=cpu", "--dtype=float32"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 0
+    before, after = GPT.from_hf(folder), GPT.from_checkpoint(tmp_path / "out")
+    assert after.config.specialization_coef == 2e-3 and after.config.qk_norm == "full"
+    assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert max((a - b).abs().max() for a, b in zip(before.parameters(), after.parameters())) < 0.02  # a step, not a fresh start
