@@ -1,0 +1,552 @@
+"""Do the papers' claims hold at a scale anyone can run? Runs with seeds, matched budgets, and a report made from their records.
+
+    python reproduce.py --list                       # what there is to run, and what is done
+    python reproduce.py --only=a,b --seeds=1,2,3     # the runs of claims a and b
+    python reproduce.py --minutes=60 --jobs=2        # as many as fit, two at a time; the rest resumes next time
+    python reproduce.py --report                     # results/claims.md and its figures from results/runs/, in seconds
+
+A run is train.py's own, in a folder under out/; its record is one small file in results/runs/. Finished runs are skipped,
+interrupted ones resumed. While out/timing.lock exists (bench.py holds it), running ones are paused.
+"""
+import contextlib
+import csv
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is run. Widths are shares of the dense FFN's (`width`), so that one table serves every size.
+
+SIZES = {
+    "cpu": dict(dataset="data/stdlib", arch="llama", n_layer=8, n_head=2, d_model=64, d_ff=128, block_size=128, vocab_size=257,
+                batch_tokens=2048, micro_batch=16, max_steps=800, warmup_steps=40, weight_decay=0.1, eval_every=100,
+                eval_tokens=131072, save_every=200, log_every=10, device="cpu", dtype="float32", compile="false"),
+    "gpu": dict(dataset="data/packages", arch="llama", n_layer=8, n_head=8, n_kv_head=4, d_model=512, d_ff=1024, block_size=512,
+                vocab_size=50304, batch_tokens=65536, micro_batch=32, max_steps=480, warmup_steps=40, weight_decay=0.1,
+                eval_every=60, eval_tokens=1048576, save_every=240, log_every=10),
+}
+LR = {"cpu": {"dense": 4e-3, "moe": 4e-3, "unipool": 4e-3, "infmoe": 4e-3}, "gpu": dict.fromkeys(("dense", "moe", "unipool", "infmoe"), 1e-3)}
+SWEEP = (1e-3, 2e-3, 4e-3, 8e-3)  # the same for every flavour, a third of the steps
+
+DENSE, VANILLA, UNIPOOL, INFMOE = dict(flavour="dense"), dict(flavour="switch"), dict(flavour="unipool"), dict(flavour="infmoe")
+TOP2 = dict(flavour="topk", width=0.5)  # 8 experts of half width, two of them: vanilla's active width
+SHARED = dict(flavour="switch", pool_groups=1, n_experts=64)  # one pool, everything else as vanilla
+DEEP = dict(n_layer=12)
+SP, CP, PATH = dict(specialization_coef=2e-3), dict(coupling_coef=1e-3), dict(coupling_coef=1e-3, coupling="path")
+
+RUNS = {  # name: (claims, overrides)
+    "dense": ("ae", DENSE),
+    "vanilla": ("abcdfgh", VANILLA),
+    "unipool": ("abcdgh", UNIPOOL),
+    "dense-12": ("a", DENSE | DEEP),
+    "vanilla-12": ("acg", VANILLA | DEEP),
+    "unipool-12": ("acg", UNIPOOL | DEEP),
+    "vanilla-norm": ("b", VANILLA | dict(router="norm")),
+    "shared-layer": ("b", SHARED),
+    "shared-pool": ("b", SHARED | dict(balance="pool")),
+    "unipool-G8": ("b", UNIPOOL | dict(pool_groups=8, n_experts=8)),
+    "unipool-G4": ("b", UNIPOOL | dict(pool_groups=4, n_experts=16)),
+    "unipool-G2": ("b", UNIPOOL | dict(pool_groups=2, n_experts=32)),
+    "unipool-67%": ("c", UNIPOOL | dict(n_experts=43)),
+    "unipool-50%": ("c", UNIPOOL | dict(n_experts=32)),
+    "unipool-33%": ("c", UNIPOOL | dict(n_experts=21)),
+    "unipool-12-67%": ("c", UNIPOOL | DEEP | dict(n_experts=64)),
+    "unipool-12-50%": ("c", UNIPOOL | DEEP | dict(n_experts=48)),
+    "unipool-12-33%": ("c", UNIPOOL | DEEP | dict(n_experts=32)),
+    "vanilla-16/2": ("d", VANILLA | dict(n_experts=16, top_k=2, width=0.5)),
+    "unipool-16/2": ("d", UNIPOOL | dict(n_experts=128, top_k=2, width=0.5)),
+    "vanilla-32/4": ("d", VANILLA | dict(n_experts=32, top_k=4, width=0.25)),
+    "unipool-32/4": ("d", UNIPOOL | dict(n_experts=256, top_k=4, width=0.25)),
+    "dense-wide": ("e", DENSE | dict(ffn=2)),  # equal total
+    "switch-2": ("e", VANILLA | dict(n_experts=2)),  # equal total, equal active
+    "top2-of-4": ("e", TOP2 | dict(n_experts=4)),  # the paper's MoE: equal total, equal active
+    "infmoe": ("eh", INFMOE),
+    "infmoe-no-topn": ("e", INFMOE | dict(infmoe_rate=1.0, infmoe_mean=True)),  # a low-rank gated FFN
+    "infmoe-no-noise": ("e", INFMOE | dict(infmoe_rate=0.5, infmoe_mean=True)),  # as many neurons as two samples of 25 %
+    "dense-long": ("e2", DENSE | dict(steps=2)),
+    "infmoe-long": ("e2", INFMOE | dict(steps=2)),
+    "infmoe-K1": ("e2", INFMOE | dict(infmoe_samples=1)),
+    "infmoe-K4": ("e2", INFMOE | dict(infmoe_samples=4)),
+    "infmoe-N12": ("e2", INFMOE | dict(infmoe_rate=0.125)),
+    "infmoe-N50": ("e2", INFMOE | dict(infmoe_rate=0.5)),
+    "infmoe-dz16": ("e2", INFMOE | dict(infmoe_dz=16)),
+    "infmoe-dz128": ("e2", INFMOE | dict(infmoe_dz=128)),
+    "infmoe-pre": ("e3", INFMOE | dict(infmoe_mask="pre")),
+    "infmoe-deep": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25))),
+    "infmoe-deep-shared": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_z="shared")),
+    "infmoe-deep-hier": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_z="hierarchical")),
+    "infmoe-deep-pre": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_mask="pre")),
+    "infmoe-mixture": ("e3", INFMOE | dict(infmoe_components=4)),
+    "infmoe-balance": ("e3", INFMOE | dict(balance="layer")),
+    "infmoe-pool": ("e3h", INFMOE | dict(pool_groups=1, width=8, infmoe_rate=0.0625)),  # one W_1, W_2, W_z for all layers
+    "top2": ("f", TOP2),
+    "top2-sp": ("f", TOP2 | SP),
+    "top2-cp": ("f", TOP2 | CP),
+    "top2-path": ("f", TOP2 | PATH),
+    "top2-sp-cp": ("f", TOP2 | SP | CP),
+    "top2-sp-path": ("f", TOP2 | SP | PATH),
+    "top2-z": ("f2", TOP2 | dict(z_coef=1e-3)),
+    "top2-z-sp-cp": ("f2", TOP2 | SP | CP | dict(z_coef=1e-3)),
+    "shared-expert": ("f2", dict(flavour="deepseek", width=0.5, top_k=2)),
+    "shared-expert-sp-cp": ("f2", dict(flavour="deepseek", width=0.5, top_k=2) | SP | CP),
+    "pool2": ("f2h", UNIPOOL | dict(n_experts=64, top_k=2, width=0.5)),
+    "pool2-sp-cp": ("f2", UNIPOOL | dict(n_experts=64, top_k=2, width=0.5) | SP | CP),
+    "pool2-sp-path": ("h", UNIPOOL | dict(n_experts=64, top_k=2, width=0.5) | SP | PATH),
+    "tune-top2": ("f3", TOP2 | dict(tune="top2")),  # a trained model goes on with other text
+    "tune-top2-sp-cp": ("f3", TOP2 | SP | CP | dict(tune="top2")),
+    "unipool-stale": ("h", UNIPOOL | dict(stale=True)),  # f of the previous micro-batch, as the paper's code does
+    "unipool-local": ("h", UNIPOOL | dict(micro_batch=2)),  # balance over 2 sequences at a time, as on 8 ranks without all-reduce
+    "unipool-normalised": ("h", UNIPOOL | dict(balance_scores="normalised")),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is claimed: the left side is below the right one. A side is RUN or RUN:MEASURE (of its record; else the validation loss).
+
+CLAIMS = [
+    ("a", "MoE below dense, equal active FLOPs (182M: 1.9317 < 2.042)", "vanilla", "dense"),
+    ("a", "UniPool below vanilla MoE, equal expert parameters (182M: -0.0288)", "unipool", "vanilla"),
+    ("a", "the same with 12 layers: MoE below dense", "vanilla-12", "dense-12"),
+    ("a", "the same with 12 layers: UniPool below vanilla", "unipool-12", "vanilla-12"),
+    ("b", "NormRouter alone does not help vanilla (+0.0058)", "vanilla", "vanilla-norm"),
+    ("b", "a shared pool with the layer loss is worse than vanilla (+0.0163)", "vanilla", "shared-layer"),
+    ("b", "a shared pool with the pool loss and softmax is better than vanilla (-0.0137)", "shared-pool", "vanilla"),
+    ("b", "NormRouter improves the pool further (-0.0288 against -0.0137)", "unipool", "shared-pool"),
+    ("b", "one pool is better than private banks with the same router and loss (G = 1 against G = L)", "unipool", "unipool-G8"),
+    ("b", "G = 4 is better than vanilla (-0.0218)", "unipool-G4", "vanilla"),
+    ("b", "G = 2 is better than vanilla (-0.0104)", "unipool-G2", "vanilla"),
+    ("b", "one pool is better than two (-0.0288 against -0.0104)", "unipool", "unipool-G2"),
+    ("c", "a pool of 67 % of the experts still beats vanilla (182M)", "unipool-67%", "vanilla"),
+    ("c", "a pool of 50 % still beats vanilla (469M and 650M)", "unipool-50%", "vanilla"),
+    ("c", "a pool of 33 % does (not claimed)", "unipool-33%", "vanilla"),
+    ("c", "12 layers: 67 % beats vanilla", "unipool-12-67%", "vanilla-12"),
+    ("c", "12 layers: 50 % beats vanilla", "unipool-12-50%", "vanilla-12"),
+    ("c", "12 layers: 33 % beats vanilla (not claimed)", "unipool-12-33%", "vanilla-12"),
+    ("d", "UniPool keeps its gain with experts of half width, top 2", "unipool-16/2", "vanilla-16/2"),
+    ("d", "UniPool keeps its gain with experts of a quarter, top 4", "unipool-32/4", "vanilla-32/4"),
+    ("e", "infinity-MoE below dense, equal active", "infmoe", "dense"),
+    ("e", "infinity-MoE below dense, equal total (not claimed)", "infmoe", "dense-wide"),
+    ("e", "infinity-MoE below Switch top 1, equal active and total", "infmoe", "switch-2"),
+    ("e", "infinity-MoE below MoE top 2 of 4, equal active and total", "infmoe", "top2-of-4"),
+    ("e", "the top-N mask matters: below z = mu without it (a low-rank gated FFN) [ours]", "infmoe", "infmoe-no-topn"),
+    ("e", "sampling matters: below z = mu with the mask [ours]", "infmoe", "infmoe-no-noise"),
+    ("e", "more samples at inference help: K = 8 below K = 1", "infmoe:loss at K=8", "infmoe:loss at K=1"),
+    ("e", "twice the tokens: infinity-MoE still below dense", "infmoe-long", "dense-long"),
+    ("e", "K = 4 in training below K = 2 [ours]", "infmoe-K4", "infmoe"),
+    ("e", "dz = 64 below 16 (the paper: gains up to 128)", "infmoe", "infmoe-dz16"),
+    ("e", "dz = 128 below 64 (the paper: gains up to 128)", "infmoe-dz128", "infmoe"),
+    ("e", "two hidden layers below one [seed document, 7.3]", "infmoe-deep", "infmoe"),
+    ("e", "deep: masks before the activation are better [seed document, 7.3]", "infmoe-deep-pre", "infmoe-deep"),
+    ("e", "deep: hierarchical z below independent z [seed document, 7.3]", "infmoe-deep-hier", "infmoe-deep"),
+    ("e", "deep: independent z below one shared z [seed document, 7.3]", "infmoe-deep", "infmoe-deep-shared"),
+    ("e", "a mixture of Gaussians below one [the paper's section 6.2]", "infmoe-mixture", "infmoe"),
+    ("f", "the specialization loss lowers the loss", "top2-sp", "top2"),
+    ("f", "the coupling loss lowers the loss", "top2-cp", "top2"),
+    ("f", "both lower the loss (perplexity 12.50 -> 12.27)", "top2-sp-cp", "top2"),
+    ("f", "specialization lowers the overlap of co-activated experts", "top2-sp:overlap", "top2:overlap"),
+    ("f", "both lower the routing entropy", "top2-sp-cp:routing entropy", "top2:routing entropy"),
+    ("f", "both raise path consistency", "top2:path consistency", "top2-sp-cp:path consistency"),
+    ("f", "path weights below the published coupling [ours]", "top2-path", "top2-cp"),
+    ("f", "both lower the loss, with z-loss on both sides", "top2-z-sp-cp", "top2-z"),
+    ("f", "both lower the loss beside a shared expert (12.33 -> 12.16)", "shared-expert-sp-cp", "shared-expert"),
+    ("f", "both lower the loss in a pool [ours]", "pool2-sp-cp", "pool2"),
+    ("f", "both lower the loss in fine-tuning on other text", "tune-top2-sp-cp", "tune-top2"),
+    ("g", "random routing costs a pool more than private banks (all experts)", "vanilla:random routing, all", "unipool:random routing, all"),
+    ("g", "random routing costs a pool more than private banks (matched)", "vanilla:random routing, all", "unipool:random routing, matched"),
+    ("h", "exact pool loss below the one-step-behind one [ours]", "unipool", "unipool-stale"),
+    ("h", "balance over the batch below balance over 2 sequences [Qiu et al.]", "unipool", "unipool-local"),
+    ("h", "normalised scores in the pool loss below raw ones [ours]", "unipool-normalised", "unipool"),
+    ("h", "a pool with specialization and path coupling below the pool [ours]", "pool2-sp-path", "pool2"),
+    ("h", "one continuous pool for all layers below private ones [ours]", "infmoe-pool", "infmoe"),
+]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run
+
+@dataclass
+class ReproduceConfig:
+    only: str = ""  # claims (a to h, e2, e3, f2, f3) or runs, separated by commas; nothing: all
+    seeds: tuple = (1, 2, 3)  # --seeds="(1, 2, 3)" or --seeds=1
+    size: str = "cpu"  # cpu (bytes, minutes a run) | gpu (GPT-2's BPE)
+    sweep: bool = False  # the learning-rate sweep instead of the claims
+    minutes: float = 0.0  # start and continue runs for so long; 0: until all are done
+    jobs: int = 1  # runs at a time
+    threads: int = 1  # CPU threads of each
+    report: bool = False  # write results/claims.md and figures from the records
+    list: bool = False  # print the runs and which are done
+    child: str = ""  # (internal) the one run of this process
+
+    def __post_init__(self):
+        if self.size not in SIZES:
+            raise ValueError(f"size={self.size}: expected {' or '.join(SIZES)}")
+        self.seeds = self.seeds if isinstance(self.seeds, tuple) else (self.seeds,)
+
+
+def record_path(size, name, seed):
+    return Path("results/runs", f"{size}-{name.replace('/', 'x').replace('%', 'pc')}-s{seed}.json")
+
+
+def lr_family(flavour):
+    """Learning rates are swept per family: dense, private experts, pools, infmoe."""
+    return flavour if flavour in ("dense", "unipool", "infmoe") else "moe"
+
+
+def settings_of(size, name):
+    """The overrides of a run, complete, for ModelConfig and TrainConfig; and what is special about it."""
+    settings = {**SIZES[size], **overrides_of(name)}
+    special = {k: settings.pop(k, default) for k, default in (("stale", False), ("tune", None), ("width", None), ("ffn", 1), ("steps", 1))}
+    settings["d_ff"] *= special["ffn"]
+    if special["width"] is not None:
+        settings["d_expert"] = int(settings["d_ff"] * special["width"])
+    settings["max_steps"] = int(settings["max_steps"] * special["steps"])
+    settings.setdefault("lr", LR[size][lr_family(settings["flavour"])])
+    if special["tune"]:
+        settings.update(dataset="data/prose", lr=settings["lr"] / 4, max_steps=settings["max_steps"] // 2)
+    return settings, special
+
+
+def overrides_of(name):
+    if name in RUNS:
+        return RUNS[name][1]
+    base, lr = name.removeprefix("lr/").rsplit("/", 1)  # lr/unipool/0.004
+    return RUNS[base][1] | dict(lr=float(lr), steps=1 / 3)
+
+
+def run_one(size, name, seed):
+    """Train (or resume) one run, measure it, write its record."""
+    import torch
+
+    from model import GPT, ModelConfig
+    from train import TrainConfig, flops_per_token, train
+
+    settings, special = settings_of(size, name)
+    folder = Path("out/reproduce", record_path(size, name, seed).stem)
+    resume = (folder / "ckpt.pt").exists()
+    start = f"out/reproduce/{record_path(size, special['tune'], seed).stem}" if special["tune"] else "scratch"
+    fields = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__}
+    train_config = TrainConfig(**fields, out_dir=str(folder), seed=seed, quiet=True, init_from="resume" if resume else start)
+    model_config = ModelConfig(**{k: v for k, v in settings.items() if k not in fields})
+    with stale_pool_loss() if special["stale"] else contextlib.nullcontext():
+        result = train(model_config, train_config)
+    if not result["finished"]:
+        sys.exit(128 + signal.SIGTERM)
+    with open(folder / "log.csv") as f:
+        rows = [row for row in csv.DictReader(f) if row["val_loss"]]
+    model = GPT.from_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    record = {"run": name, "size": size, "seed": seed, "settings": settings, "val_loss": result["val_loss"],
+              "n_params": model_config.n_params(), "n_active_params": model_config.n_active_params(),
+              "flops_per_token": flops_per_token(model_config), "tokens": int(rows[-1]["tokens"]),
+              "seconds": round(float(rows[-1]["seconds"]), 1), "hardware": hardware(), "torch": torch.__version__, "commit": commit(),
+              "curve": [[int(r["tokens"]), round(float(r["seconds"]), 1), round(float(r["val_loss"]), 5)] for r in rows],
+              "routing": {k: round(float(v), 5) for k, v in rows[-1].items() if k in ("balance", "entropy", "max_share", "dead_share", "sigma", "mu_spread")},
+              "measures": {k: round(v, 6) for k, v in measure(model, settings, seed, RUNS.get(name, ("", {}))[0]).items()}}
+    path = record_path(size, name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def measure(model, settings, seed, claims):
+    """What the claims ask of a trained model beside its loss, on 64 held-out windows."""
+    import torch
+
+    import moe
+    from prepare_data import ShardReader
+    if not claims or settings["flavour"] == "dense":
+        return {}
+    reader = ShardReader(settings["dataset"], "val", model.config.block_size)
+    windows = torch.from_numpy(reader.sequential(0, min(64, reader.n_windows))).to(model.wte.weight.device)
+    tokens, targets = windows[:, :-1], windows[:, 1:]
+    with torch.no_grad():
+        if settings["flavour"] == "infmoe":
+            return losses_by_samples(model, tokens, targets)
+        kept = []
+        hooks = [b.ffn.register_forward_pre_hook(lambda _, args: (*args[:3], True)) for b in model.blocks]
+        hooks += [b.ffn.register_forward_hook(lambda _, args, output: kept.append(output[2])) for b in model.blocks]
+        routings = model(tokens, return_routings=True).routings
+        for hook in hooks:
+            hook.remove()
+        pairs = list(zip(routings, routings[1:]))
+        found = {"routing entropy": mean(moe.routing_entropy(r.scores).item() for r in routings),
+                 "path consistency": mean(moe.path_consistency(a.ids, b.ids, model.config.n_experts).item() for a, b in pairs),
+                 "dead experts": moe.dead_share(sum(moe.expert_counts(r.ids, model.config.n_experts) for r in routings)).item()}
+        if model.config.top_k > 1:
+            found["overlap"] = mean(moe.overlap(a).item() for a in kept)
+        if model.config.pool_groups == 1:
+            found["unique experts"] = moe.unique_experts(torch.stack([r.ids for r in routings])).item()
+    return found
+
+
+def losses_by_samples(model, tokens, targets):
+    """infmoe: the loss with K samples at inference, and with z = mu."""
+    if model.config.infmoe_mean:
+        return {}
+    found = {}
+    for k in (1, 2, 4, 8):
+        model.set_samples(k)
+        found[f"loss at K={k}"] = model(tokens, targets).loss.item()
+    model.set_samples(mean=True)
+    found["loss at z=mu"] = model(tokens, targets).loss.item()
+    return found
+
+
+@contextlib.contextmanager
+def stale_pool_loss():
+    """UniPool's released code computes losses layer by layer and takes f from the previous micro-batch; so does this."""
+    import moe
+    exact, before = moe.pool_loss, []
+
+    def stale(scores, counts):
+        before.append([c.detach().clone() for c in counts])
+        return exact(scores, before.pop(0) if len(before) > 1 else before[0])
+
+    moe.pool_loss = stale
+    try:
+        yield
+    finally:
+        moe.pool_loss = exact
+
+
+def hardware():
+    import torch
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+
+
+def commit():
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many runs
+
+def wanted(config):
+    """(run, seed) pairs in the order of the table, the first seed of everything before the second."""
+    if config.sweep:
+        names = [f"lr/{base}/{lr}" for base in ("dense", "vanilla", "unipool", "infmoe") for lr in SWEEP]
+    else:
+        only = set(filter(None, config.only.split(",")))
+        claims = {c for claims, _ in RUNS.values() for c in claims_of(claims)}
+        unknown = only - set(RUNS) - claims
+        if unknown:
+            raise ValueError(f"only={config.only}: {', '.join(sorted(unknown))} is no claim ({', '.join(sorted(claims))}) and no run (--list)")
+        names = [name for name, (claims, _) in RUNS.items() if not only or name in only or only & set(claims_of(claims))]
+    return [(name, seed) for seed in config.seeds for name in names]
+
+
+def claims_of(text):
+    """"abe2" -> ["a", "b", "e2"]"""
+    return [c + (text[i + 1] if text[i + 1:i + 2].isdigit() else "") for i, c in enumerate(text) if c.isalpha()]
+
+
+def run_all(config):
+    """Children, one per run, `jobs` at a time; paused while out/timing.lock exists, stopped (and resumable) at the deadline."""
+    todo = [(n, s) for n, s in wanted(config) if not record_path(config.size, n, s).exists()]
+    deadline = time.monotonic() + config.minutes * 60 if config.minutes else math.inf
+    children, failed, paused = {}, [], False
+    print(f"{len(todo)} runs to do")
+    try:
+        while children or (todo and time.monotonic() < deadline):
+            while todo and len(children) < config.jobs and not paused and time.monotonic() < deadline:
+                ready = next((run for run in todo if is_ready(config.size, *run)), None)
+                if ready is None:
+                    break
+                todo.remove(ready)
+                children[start_child(config, *ready)] = (*ready, time.monotonic())
+            if not children:
+                break
+            if paused != Path("out/timing.lock").exists():
+                paused = not paused
+                for child in children:
+                    child.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
+            if time.monotonic() > deadline and not paused:
+                for child in children:
+                    child.terminate()
+                deadline = math.inf
+                todo.clear()
+            for child in [c for c in children if c.poll() is not None]:
+                name, seed, begun = children.pop(child)
+                finish(config, name, seed, time.monotonic() - begun, child.returncode, failed)
+            time.sleep(0.5)
+    finally:
+        for child in children:
+            child.send_signal(signal.SIGCONT)
+            child.terminate()
+    return failed
+
+
+def is_ready(size, name, seed):
+    """A fine-tuning run waits for the run whose model it tunes."""
+    tune = overrides_of(name).get("tune")
+    return tune is None or record_path(size, tune, seed).exists()
+
+
+def start_child(config, name, seed):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
+    words = [sys.executable, __file__, f"--child={name}", f"--seeds={seed}", f"--size={config.size}"]
+    return subprocess.Popen(words, env=environment)
+
+
+def finish(config, name, seed, seconds, code, failed):
+    path = record_path(config.size, name, seed)
+    if code == 0:
+        print(f"{name} seed {seed}: validation loss {json.loads(path.read_text())['val_loss']:.4f} ({seconds / 60:.1f} min)", flush=True)
+    elif code == 128 + signal.SIGTERM:
+        print(f"{name} seed {seed}: stopped, resumes next time", flush=True)
+    else:
+        failed.append(name)
+        print(f"{name} seed {seed}: failed with exit code {code}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report: a pure function of results/runs/
+
+def load_records(size):
+    """{(run, seed): record}"""
+    records = [json.loads(path.read_text()) for path in sorted(Path("results/runs").glob(f"{size}-*.json"))]
+    return {(r["run"], r["seed"]): r for r in records}
+
+
+def value_of(record, measure):
+    return record["val_loss"] if not measure else record["measures"].get(measure)
+
+
+def compare(records, left, right):
+    """Paired differences left - right over the seeds that both have."""
+    (a, ma), (b, mb) = (side.partition(":")[::2] for side in (left, right))
+    pairs = [(value_of(records[a, s], ma), value_of(records[b, s], mb)) for s in sorted({s for n, s in records if n == a}) if (b, s) in records]
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
+
+
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, two-sided 95 %
+
+
+def verdict(differences):
+    """holds: the 95 % interval of the paired mean lies below zero; does not hold here: above; else undecided."""
+    n = len(differences)
+    if n < 2:
+        return "undecided at this scale"
+    margin = T_975[min(n - 1, 9)] * stdev(differences) / math.sqrt(n)
+    if mean(differences) + margin < 0:
+        return "holds"
+    return "does not hold here" if mean(differences) - margin > 0 else "undecided at this scale"
+
+
+def spread(values):
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def claim_row(records, claim, text, left, right):
+    pairs = compare(records, left, right)
+    if not pairs:
+        return f"| {claim} | {text} | `{left}` | `{right}` | not run yet | | | |"
+    lefts, rights = zip(*pairs)
+    differences = [x - y for x, y in pairs]
+    return (f"| {claim} | {text} | `{left}` {spread(lefts)} | `{right}` {spread(rights)} | {spread(differences)} | {len(pairs)} | "
+            f"{verdict(differences)} |")
+
+
+def run_row(records, name):
+    mine = [r for (n, _), r in sorted(records.items()) if n == name]
+    r = mine[0]
+    per_flop = r["flops_per_token"] * r["tokens"]
+    return (f"| `{name}` | {spread([m['val_loss'] for m in mine])} | {len(mine)} | {r['n_params'] / 1e6:.2f}M | {r['n_active_params'] / 1e6:.2f}M | "
+            f"{r['tokens'] / 1e6:.2f}M | {per_flop:.2e} | {mean(m['seconds'] for m in mine):.0f} |")
+
+
+def sweep_rows(records):
+    """One row per family: the loss at each learning rate of the sweep."""
+    rows = []
+    for base in ("dense", "vanilla", "unipool", "infmoe"):
+        cells = [records.get((f"lr/{base}/{lr}", 1)) for lr in SWEEP]
+        best = min((c["val_loss"] for c in cells if c), default=None)
+        rows.append(f"| {base} | " + " | ".join("-" if c is None else f"{'**' * (c['val_loss'] == best)}{c['val_loss']:.4f}{'**' * (c['val_loss'] == best)}"
+                                                for c in cells) + " |")
+    return rows
+
+
+def report(size):
+    """results/claims.md (claims-gpu.md) and figures, from the records alone."""
+    records = load_records(size)
+    if not records:
+        raise ValueError(f"no records of size {size} in results/runs: run some first, e.g. python reproduce.py --only=a --seeds=1")
+    done = [name for name in RUNS if any(n == name for n, _ in records)]
+    machines = sorted({f"{r['hardware']}, torch {r['torch']}" for r in records.values()})
+    commits = sorted({r["commit"] for r in records.values()})
+    base = SIZES[size]
+    lines = [f"# What holds at {size} size", "",
+             f"Written by `python reproduce.py --report --size={size}` from results/runs/. {base['arch']} blocks, {base['n_layer']} layers (12 where it says so), "
+             f"width {base['d_model']}, context {base['block_size']}, {base['dataset']}; loss in nats per {'byte' if size == 'cpu' else 'token'} on "
+             f"{base['eval_tokens']:,} held-out tokens. {len(records)} runs on {'; '.join(machines)}; commits {', '.join(commits)}.", "",
+             "The left side is claimed to be below the right one. Paired over seeds; \"holds\" and \"does not hold here\" mean that the "
+             "95 % t-interval of the paired difference lies on one side of zero, \"undecided\" that it does not, or that there is one seed.", "",
+             "| | claim | left | right | difference | seeds | verdict |", "|---|---|---|---|---|---|---|",
+             *(claim_row(records, *claim) for claim in CLAIMS), "",
+             "## Runs", "", "| run | validation loss | seeds | stored | active | tokens | FLOPs | seconds |", "|---|---|---|---|---|---|---|---|",
+             *(run_row(records, name) for name in done), "",
+             "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds are those of a shared machine: read ratios between neighbours only.", "",
+             "## Learning rates", "", f"One seed, a third of the steps; the best of each row is what its family uses: {LR[size]}.", "",
+             "| | " + " | ".join(f"{lr:g}" for lr in SWEEP) + " |", "|---|" + "---|" * len(SWEEP), *sweep_rows(records), ""]
+    suffix = "" if size == "cpu" else f"-{size}"
+    Path(f"results/claims{suffix}.md").write_text("\n".join(lines))
+    print(f"results/claims{suffix}.md: {len(records)} runs, {sum('not run yet' not in row for row in lines if row.startswith('| '))} rows")
+    draw_curves(records, suffix)
+
+
+def draw_curves(records, suffix):
+    """Loss against tokens, FLOPs and seconds for the main rows of claims a and e."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('no figures: pip install "nanoexperts[plot]"')
+        return
+    for title, names in (("pool", ("dense", "vanilla", "unipool")), ("infmoe", ("dense", "switch-2", "top2-of-4", "infmoe"))):
+        groups = {n: [r for (m, _), r in sorted(records.items()) if m == n] for n in names}
+        groups = {n: g for n, g in groups.items() if g}
+        if not groups:
+            continue
+        figure = Figure(figsize=(11, 3.6), dpi=150, layout="constrained")
+        for axes, (label, scale) in zip(figure.subplots(1, 3, sharey=True), (("tokens (M)", 1e6), ("training FLOPs (1e12)", 1e12), ("seconds", 1))):
+            for name, group in groups.items():
+                curve = [[mean(c) for c in zip(*points)] for points in zip(*(r["curve"] for r in group))]
+                x = {"t": [c[0] for c in curve], "f": [c[0] * group[0]["flops_per_token"] for c in curve], "s": [c[1] for c in curve]}["t" if "tokens" in label else "f" if "FLOPs" in label else "s"]
+                axes.plot([v / scale for v in x], [c[2] for c in curve], marker="o", markersize=3, label=f"{name} ({len(group)} seeds)")
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].set_ylabel("validation loss (nats)")
+        figure.axes[0].legend(frameon=False)
+        figure.savefig(f"results/claims{suffix}-{title}.png", metadata={"Software": None})
+
+
+def main():
+    from configurator import fail, parse
+    parsed = parse(ReproduceConfig, doc=__doc__)
+    config = parsed.make(ReproduceConfig)
+    try:
+        if config.child:
+            run_one(config.size, config.child, config.seeds[0])
+        elif config.list:
+            for name, (claims, overrides) in RUNS.items():
+                done = [s for s in config.seeds if record_path(config.size, name, s).exists()]
+                print(f"{name:22} claims {','.join(claims_of(claims)):14} seeds done {done or '-'}  {overrides}")
+        elif config.report:
+            report(config.size)
+        elif run_all(config):
+            sys.exit(1)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()
