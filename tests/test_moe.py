@@ -1,4 +1,4 @@
-"""moe.py against literal formulas, loops in float64 that a reader can check line by line; and transformers, where it has the model.
+"""moe.py against literal formulas: loops in float64 that a reader can check line by line; and transformers where it has the model.
 
   1. discrete routers          4. infinity-MoE: noise            7. losses
   2. NormRouter's constant     5. infinity-MoE: routers          8. diagnostics
@@ -10,12 +10,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_helpers import literal_activation, literal_continuous, literal_mask, literal_moe
 from torch import nn
 from torch.autograd import gradcheck
 
 import kernels
 import moe
-from moe_helpers import literal_activation, literal_continuous, literal_mask, literal_moe
 
 T, D, E, K, WIDTH = 7, 5, 6, 3, 4  # tokens, model width, experts, choices, expert width: all different, none aligned
 
