@@ -205,16 +205,17 @@ def type_name(kind):
 def print_help(schemas, kinds, words, doc):
     """One line an option: name, type, default, and the comment that trails the field in the source."""
     usage = [f"[{word.replace('*', ' ...')}]" for word in words] + ["[--key=value ...]"]
-    print(f"usage: python {Path(sys.argv[0]).name} {' '.join(usage)}\n\n{(doc or '').strip()}")
-    width = max((len(f"  --{key}={type_name(kind)}") for key, kind in kinds.items()), default=0)
+    lines = [f"usage: python {Path(sys.argv[0]).name} {' '.join(usage)}", "", (doc or "").strip()]
+    width = min(40, max((len(f"  --{key}={type_name(kind)}") for key, kind in kinds.items()), default=0))
     for schema in schemas:
-        print(f"\n{schema.__name__}")
+        lines += ["", schema.__name__]
         comments = field_comments(schema)
         for f in (f for f in dataclasses.fields(schema) if f.init):
             default = f.default if f.default_factory is MISSING else f.default_factory()
             default = "required" if default is MISSING else repr(default)
             option = f"  --{f.name}={type_name(kinds[f.name])}"
-            print(f"{option:{min(width, 40)}}  {default:12}  {comments.get(f.name, '')}".rstrip())
+            lines.append(f"{option:{width}}  {default:12}  {comments.get(f.name, '')}".rstrip())
+    print("\n".join(lines), flush=True)  # in one piece, so that `--help | head` is no broken pipe
 
 
 def field_comments(schema):
@@ -223,7 +224,7 @@ def field_comments(schema):
     for cls in (c for c in reversed(schema.__mro__) if dataclasses.is_dataclass(c)):
         try:
             source = textwrap.dedent(inspect.getsource(cls))
-        except OSError:
+        except (OSError, TypeError):
             continue
         lines = source.splitlines()
         for node in ast.parse(source).body[0].body:

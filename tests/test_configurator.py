@@ -1,0 +1,301 @@
+"""configurator.py: values, precedence, config files, and one line with exit code 2 for every mistake."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from configurator import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Model:
+    n_layer: int = 2  # blocks
+    lr: float = 1e-3  # learning rate # with a second hash
+    name: str = "a#b"  # the default holds a hash
+    arch: Literal["gpt2", "llama"] = "gpt2"  # größer ≥ 1
+    bias: bool = True
+    rate: float | tuple | None = None  # one for all, or one a layer
+
+
+@dataclass
+class Train:
+    top_k: int | None = 4  # None: all
+    betas: tuple = (0.9, 0.95)  # Adam
+    compile: Literal["auto", "true", "false"] = "auto"
+    plan: bool | int = False  # bare, or a number of ranks
+    overwrite: bool = False
+    sizes: tuple[str, ...] = ()
+    tags: list = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.top_k == 13:
+            raise ValueError("top_k=13 is unlucky\nin two lines")
+
+
+def run(*argv, words=("config",)):
+    return parse(Model, Train, argv=list(argv), words=words)
+
+
+def mistake(capsys, *argv, words=("config",), make=None):
+    """The one line that a mistake prints; exit code 2 and no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        parsed = run(*argv, words=words)
+        if make:
+            parsed.make(make)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: "), err
+    return err
+
+
+def config(tmp_path, text, name="config.py"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+# ---- 1. values
+
+GOOD = [  # option, value, the edge
+    ("--lr=1", "lr", 1.0),  # an int is a float
+    ("--lr=1e-5", "lr", 1e-5),
+    ("--lr=-.5", "lr", -0.5),
+    ("--lr=inf", "lr", float("inf")),  # grad_clip=inf means something; nan never does
+    ("--n_layer=12", "n_layer", 12),
+    ("--n_layer=1e9", "n_layer", 10**9),
+    ("--n_layer=1_000", "n_layer", 1000),
+    ("--n-layer=3", "n_layer", 3),  # hyphens and underscores are the same
+    ("--top_k=None", "top_k", None),
+    ("--top_k=2", "top_k", 2),
+    ("--name=None", "name", "None"),  # a str stays what was typed
+    ("--name=12", "name", "12"),
+    ("--name=", "name", ""),
+    ("--name=a=b==c", "name", "a=b==c"),  # values may contain =
+    ("--name=--x", "name", "--x"),
+    ("--arch=llama", "arch", "llama"),
+    ("--arch=LLAMA", "arch", "llama"),
+    ("--bias=false", "bias", False),
+    ("--bias=0", "bias", False),
+    ("--bias", "bias", True),
+    ("--compile", "compile", "true"),  # a bare flag where true is among the choices
+    ("--compile=False", "compile", "false"),
+    ("--plan", "plan", True),
+    ("--plan=1", "plan", 1),  # a number before a truth value
+    ("--plan=false", "plan", False),
+    ("--rate=None", "rate", None),
+    ("--rate=0.25", "rate", 0.25),
+    ("--rate=0.25,1", "rate", (0.25, 1)),
+    ("--rate=(0.5, None, 0.25)", "rate", (0.5, None, 0.25)),
+    ("--rate=0.5,", "rate", (0.5,)),
+    ("--betas=0.9,0.999", "betas", (0.9, 0.999)),
+    ("--betas=()", "betas", ()),
+    ("--betas=4", "betas", (4,)),
+    ("--sizes=a,b", "sizes", ("a", "b")),
+]
+
+
+@pytest.mark.parametrize("option, key, value", GOOD, ids=[case[0] for case in GOOD])
+def test_value(option, key, value):
+    got = run(option).given
+    assert got == {key: value} and type(got[key]) is type(value)
+
+
+BAD = [  # option, what the line says
+    ("--n_layer=2.5", "expected int, got '2.5'"),
+    ("--n_layer=True", "expected int"),
+    ("--n_layer=nan", "expected int"),
+    ("--n_layer=1e999", "expected int"),
+    ("--n_layer=", "expected int, got ''"),
+    ("--lr=nan", "expected float"),
+    ("--lr=fast", "expected float, got 'fast'"),
+    ("--arch=lama", "expected gpt2|llama, got 'lama'"),
+    ("--bias=maybe", "expected bool"),
+    ("--rate=a", "expected float|tuple|None"),
+    ("--betas=0.9,x", "expected tuple"),
+    ("--top_k=none at all", "expected int|None"),
+    ("--n_layre=2", "unknown option --n_layre: did you mean --n_layer?"),
+    ("--n-layre=2", "did you mean --n_layer?"),
+    ("--zzzzzz=2", "--help"),
+    ("-n_layer=2", "two hyphens: --n_layer=2"),
+    ("n_layer=2", "two hyphens: --n_layer=2"),
+    ("--lr", "--lr needs a value: float"),
+    ("--name", "--name needs a value: str"),
+    ("--", "unknown option --"),
+]
+
+
+@pytest.mark.parametrize("option, line", BAD, ids=[case[0] for case in BAD])
+def test_bad_value(option, line, capsys):
+    assert line in mistake(capsys, option)
+
+
+def test_value_as_the_next_word():
+    assert run("--lr", "1", "--bias", "--n-layer", "3").given == {"lr": 1.0, "bias": True, "n_layer": 3}
+    assert run("--lr", "-1").given == {"lr": -1.0}  # a negative number is no option
+    assert run("--bias", "false").given == {"bias": False}
+    assert run("--lr=1", "--lr=2").given == {"lr": 2.0}  # the last one counts
+
+
+def test_next_word_that_is_an_option_leaves_a_bare_flag(capsys):
+    assert run("--bias", "--lr=2").given == {"bias": True, "lr": 2.0}
+    assert "--lr needs a value" in mistake(capsys, "--lr", "--bias")
+
+
+# ---- 2. positional words
+
+
+def test_words():
+    assert parse(Model, argv=[], words=("bench",)).words == {"bench": None}
+    assert parse(Model, argv=["moe", "--lr=1"], words=("bench",)).words == {"bench": "moe"}
+    parsed = parse(Model, argv=["a", "b", "--lr=1", "c"], words=("first", "rest*"))
+    assert parsed.words == {"first": "a", "rest": ["b", "c"]}
+    assert parse(Model, argv=[], words=("sources*",)).words == {"sources": []}
+
+
+def test_word_too_many(tmp_path, capsys):
+    assert "unexpected word 'more'" in mistake(capsys, config(tmp_path, ""), "more")
+    assert "--n_layer=3" in mistake(capsys, config(tmp_path, ""), "n_layer=3")  # an option typo: says how to write it
+    assert "unexpected word 'x'" in mistake(capsys, "x", words=())
+
+
+# ---- 3. config files
+
+
+def test_precedence(tmp_path):
+    parsed = run(config(tmp_path, "lr = 1\nn_layer = 7\n"), "--n_layer=9")
+    assert parsed.given == {"lr": 1.0, "n_layer": 9}  # file over defaults, command line over file
+    model = parsed.make(Model)
+    assert (model.lr, model.n_layer, model.name) == (1.0, 9, "a#b") and parsed.make(Train) == Train()
+
+
+def test_config_is_python(tmp_path):
+    text = "import math\nfrom pathlib import Path\n_half = 3\ndef f():\n    return 1\nn_layer = 2 * _half\nrate = [0.5, None]\n"
+    assert run(config(tmp_path, text)).given == {"n_layer": 6, "rate": (0.5, None)}
+
+
+def test_config_builds_on_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    config(tmp_path, "lr = 2.0\nn_layer = 4\n", "base_of_a_test.py")
+    assert run(config(tmp_path, "from base_of_a_test import *\nlr = 3\n")).given == {"lr": 3.0, "n_layer": 4}
+
+
+def test_project_root_is_importable_from_anywhere(tmp_path):
+    path = config(tmp_path, "from configurator import ROOT as _root\nlr = 2\nassert str(_root)\n")
+    code = f"import sys; sys.path.remove({str(ROOT)!r}); from test_configurator import *; print(run({path!r}).given)"
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import configurator; {code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "{'lr': 2.0}", done.stderr
+
+
+BAD_CONFIGS = [  # text, what the line says
+    ("lr = = 1\n", "config.py:1: syntax error"),
+    ("n_layer = 1\nimport no_such_module\n", "config.py:2: ModuleNotFoundError"),
+    ("from config.no_such_config import *\n", "config.py:1: ModuleNotFoundError"),
+    ("lr = 1 / 0\n", "config.py:1: ZeroDivisionError"),
+    ("raise SystemExit(0)\n", "config.py:1: SystemExit"),
+    ("n_layre = 1\n", "unknown key n_layre: did you mean n_layer?"),
+    ("n_layer = 2.5\n", "n_layer: expected int, got 2.5"),
+    ("n_layer = True\n", "n_layer: expected int, got True"),
+    ("lr = abs\n", "lr: expected float"),
+    ("name = 3\n", "name: expected str, got 3"),
+    ("betas = {1: 2}\n", "betas: expected tuple"),
+    ("bias = 'maybe'\n", "bias: expected bool"),
+    (b"name = '\xff'\n", "syntax error"),
+    (b"lr = 1\0\n", "null bytes"),
+    ("lr = " + "(" * 500 + ")" * 500, "config.py"),  # too deep for the parser
+]
+
+
+@pytest.mark.parametrize("text, line", BAD_CONFIGS, ids=[repr(case[0])[:30] for case in BAD_CONFIGS])
+def test_bad_config(text, line, tmp_path, capsys):
+    assert line in mistake(capsys, config(tmp_path, text))
+
+
+def test_missing_config_names_the_nearest(tmp_path, capsys):
+    config(tmp_path, "", "tiny_moe.py")
+    assert f"did you mean {tmp_path}/tiny_moe.py?" in mistake(capsys, str(tmp_path / "tiny_mo.py"))
+    assert "no config file" in mistake(capsys, str(tmp_path))  # a folder
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda s: ("lr = " + s).encode("utf-8", "replace"))))
+def test_fuzz_config_text(tmp_path, capsys, text):
+    """Whatever stands in the file: it parses, or one line and exit code 2."""
+    try:
+        run(config(tmp_path, text))
+    except SystemExit as stop:
+        err = capsys.readouterr().err.strip().splitlines()
+        assert stop.code == 2 and err[-1].startswith("error: "), err
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(st.text(max_size=12), st.sampled_from(["--lr", "--bias=", "--rate=", "--top_k"])), max_size=4))
+def test_fuzz_command_line(capsys, argv):
+    if "--help" in argv or "-h" in argv:
+        return
+    try:
+        run(*argv, words=("rest*",))
+    except SystemExit as stop:
+        assert stop.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+# ---- 4. schemas and help
+
+
+def test_post_init_becomes_one_line(capsys):
+    assert "top_k=13 is unlucky in two lines" in mistake(capsys, "--top_k=13", make=Train)
+
+
+def test_required_field(capsys):
+    @dataclass
+    class Needs:
+        path: str
+
+    with pytest.raises(SystemExit) as stop:
+        parse(Needs, argv=[]).make(Needs)
+    assert stop.value.code == 2 and "--path is required" in capsys.readouterr().err
+    assert parse(Needs, argv=["--path=x"]).make(Needs).path == "x"
+
+
+def test_one_namespace():
+    @dataclass
+    class Again:
+        lr: float = 0.0
+
+    with pytest.raises(TypeError, match=r"Again\.lr"):
+        parse(Model, Again, argv=[])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Model, Train, argv=["--n_layer=oops", "--help"], words=("config", "rest*"), doc="What it does.\nMore.")
+    out = capsys.readouterr().out
+    lines = {line.split("=")[0].strip(): line for line in out.splitlines() if line.startswith("  --")}
+    assert stop.value.code == 0 and "[config] [rest ...] [--key=value ...]" in out and "What it does.\nMore." in out
+    assert lines.keys() == {f"--{name}" for name in [*Model.__dataclass_fields__, *Train.__dataclass_fields__]}
+    assert " ".join(lines["--lr"].split()) == "--lr=float 0.001 learning rate # with a second hash"
+    assert lines["--name"].endswith("the default holds a hash") and "'a#b'" in lines["--name"]
+    assert " ".join(lines["--arch"].split()) == "--arch=gpt2|llama 'gpt2' größer ≥ 1"
+    assert " ".join(lines["--top_k"].split()) == "--top_k=int|None 4 None: all"
+    assert " ".join(lines["--tags"].split()) == "--tags=list []"
+
+
+def test_help_without_source(capsys):
+    namespace = {"dataclass": dataclass}
+    exec("@dataclass\nclass Typed:\n    lr: float = 1.0  # no file holds this\n", namespace)
+    with pytest.raises(SystemExit):
+        parse(namespace["Typed"], argv=["-h"])
+    assert "--lr=float" in capsys.readouterr().out
+
+
+def test_nothing_runs_on_import():
+    code = "import configurator, prepare_data, sys; print(sorted({'torch', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
