@@ -305,7 +305,7 @@ PYTHON_SOURCES = {"stdlib": "stdlib", "packages": "purelib"}  # source: its name
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # folders of Python sources
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".jsonl.zst", ".parquet")
 BATCH = 2**20  # bytes of text that a worker gets at a time
-PART = 2**28  # bytes of input that count as done or not done: small files go together, a large one alone
+PART = 2**28  # bytes of local files that are done or not done together
 
 
 class File(NamedTuple):
@@ -553,8 +553,9 @@ class Preparation:
             if path.name not in shards:  # of an earlier run, with other settings
                 path.unlink()
         atomic_write(self.work / "meta.json", json.dumps(meta, indent=1).encode())
-        for path in out_dir.iterdir() if out_dir.exists() else ():  # check_folder found nothing but what we made
-            path.unlink()
+        for path in out_dir.iterdir() if out_dir.exists() else ():
+            if is_ours(path.name):  # anything else stays, and makes the next line an error
+                path.unlink()
         os.replace(self.work, out_dir)
         (out_dir / "state.json").unlink()
         shutil.rmtree(out_dir / "raw", ignore_errors=True)
@@ -589,16 +590,20 @@ def take_part(paths, preparation, bar):
 
 
 def group(files):
-    """Cut the list of files into parts of about PART bytes. -> [[File]]"""
+    """Cut the list of files into parts: one on the hub alone, local ones together up to about PART bytes. -> [[File]]"""
     ends = itertools.accumulate(file.size for file in files)
-    return [[file for file, _ in part] for _, part in itertools.groupby(zip(files, ends), lambda pair: pair[1] // PART)]
+    parts = itertools.groupby(zip(files, ends), lambda pair: pair[0].name if pair[0].repo else pair[1] // PART)
+    return [[file for file, _ in part] for _, part in parts]
+
+
+def is_ours(name):
+    return is_shard(name, "train|val") or name in ("meta.json", "state.json")
 
 
 def check_folder(out_dir, settings, overwrite):
     """The meta of a folder that these settings have made before, checksums verified; None if it is to be made."""
     names = [path.name for path in out_dir.iterdir()] if out_dir.is_dir() else []
-    ours = [name for name in names if is_shard(name, "train|val") or name in ("meta.json", "state.json")]
-    if names and (len(ours) < len(names) or "meta.json" not in names):
+    if names and not ("meta.json" in names and all(map(is_ours, names))):
         raise ValueError(f"{out_dir} holds files that are not ours: name another --out_dir")
     if not names or overwrite:
         return None
