@@ -33,7 +33,8 @@ SIZES = {
                 vocab_size=50304, batch_tokens=65536, micro_batch=32, max_steps=480, warmup_steps=40, weight_decay=0.1,
                 eval_every=60, eval_tokens=1048576, save_every=240, log_every=10),
 }
-LR = {"cpu": {"dense": 4e-3, "moe": 4e-3, "unipool": 4e-3, "infmoe": 4e-3}, "gpu": dict.fromkeys(("dense", "moe", "unipool", "infmoe"), 1e-3)}
+LR = {"cpu": {"dense": 4e-3, "moe": 4e-3, "unipool": 4e-3, "infmoe": 4e-3},
+      "gpu": {"dense": 1e-3, "moe": 1e-3, "unipool": 1e-3, "infmoe": 1e-3}}
 SWEEP = (1e-3, 2e-3, 4e-3, 8e-3)  # the same for every flavour, a third of the steps
 
 DENSE, VANILLA, UNIPOOL, INFMOE = dict(flavour="dense"), dict(flavour="switch"), dict(flavour="unipool"), dict(flavour="infmoe")
@@ -110,6 +111,8 @@ RUNS = {  # name: (claims, overrides)
 # ----------------------------------------------------------------------------------------------------------------------
 # What is claimed: the left side is below the right one. A side is RUN or RUN:MEASURE (of its record; else the validation loss).
 
+ROUTING_COLUMNS = ("balance", "entropy", "max_share", "dead_share", "sigma", "mu_spread")  # kept from log.csv
+
 CLAIMS = [
     ("a", "MoE below dense, equal active FLOPs (182M: 1.9317 < 2.042)", "vanilla", "dense"),
     ("a", "UniPool below vanilla MoE, equal expert parameters (182M: -0.0288)", "unipool", "vanilla"),
@@ -158,8 +161,8 @@ CLAIMS = [
     ("f", "both lower the loss beside a shared expert (12.33 -> 12.16)", "shared-expert-sp-cp", "shared-expert"),
     ("f", "both lower the loss in a pool [ours]", "pool2-sp-cp", "pool2"),
     ("f", "both lower the loss in fine-tuning on other text", "tune-top2-sp-cp", "tune-top2"),
-    ("g", "random routing costs a pool more than private banks (all experts)", "vanilla:random routing, all", "unipool:random routing, all"),
-    ("g", "random routing costs a pool more than private banks (matched)", "vanilla:random routing, all", "unipool:random routing, matched"),
+    ("g", "random routing costs a pool more than private banks (all)", "vanilla:random, all", "unipool:random, all"),
+    ("g", "the same among the 8 experts that a layer uses most", "vanilla:random, all", "unipool:random, matched"),
     ("h", "exact pool loss below the one-step-behind one [ours]", "unipool", "unipool-stale"),
     ("h", "balance over the batch below balance over 2 sequences [Qiu et al.]", "unipool", "unipool-local"),
     ("h", "normalised scores in the pool loss below raw ones [ours]", "unipool-normalised", "unipool"),
@@ -202,7 +205,8 @@ def lr_family(flavour):
 def settings_of(size, name):
     """The overrides of a run, complete, for ModelConfig and TrainConfig; and what is special about it."""
     settings = {**SIZES[size], **overrides_of(name)}
-    special = {k: settings.pop(k, default) for k, default in (("stale", False), ("tune", None), ("width", None), ("ffn", 1), ("steps", 1))}
+    special = {"stale": False, "tune": None, "width": None, "ffn": 1, "steps": 1}
+    special = {k: settings.pop(k, default) for k, default in special.items()}
     settings["d_ff"] *= special["ffn"]
     if special["width"] is not None:
         settings["d_expert"] = int(settings["d_ff"] * special["width"])
@@ -241,20 +245,21 @@ def run_one(size, name, seed):
     with open(folder / "log.csv") as f:
         rows = [row for row in csv.DictReader(f) if row["val_loss"]]
     model = GPT.from_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    last = rows[-1]
     record = {"run": name, "size": size, "seed": seed, "settings": settings, "val_loss": result["val_loss"],
               "n_params": model_config.n_params(), "n_active_params": model_config.n_active_params(),
-              "flops_per_token": flops_per_token(model_config), "tokens": int(rows[-1]["tokens"]),
-              "seconds": round(float(rows[-1]["seconds"]), 1), "hardware": hardware(), "torch": torch.__version__, "commit": commit(),
+              "flops_per_token": flops_per_token(model_config), "tokens": int(last["tokens"]),
+              "seconds": round(float(last["seconds"]), 1), "hardware": hardware(), "torch": torch.__version__, "commit": commit(),
+              "routing": {k: round(float(last[k]), 5) for k in ROUTING_COLUMNS if last.get(k)},
               "curve": [[int(r["tokens"]), round(float(r["seconds"]), 1), round(float(r["val_loss"]), 5)] for r in rows],
-              "routing": {k: round(float(v), 5) for k, v in rows[-1].items() if k in ("balance", "entropy", "max_share", "dead_share", "sigma", "mu_spread")},
-              "measures": {k: round(v, 6) for k, v in measure(model, settings, seed, RUNS.get(name, ("", {}))[0]).items()}}
+              "measures": {k: round(v, 6) for k, v in measure(model, settings, RUNS.get(name, ("", {}))[0]).items()}}
     path = record_path(size, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def measure(model, settings, seed, claims):
+def measure(model, settings, claims):
     """What the claims ask of a trained model beside its loss, on 64 held-out windows."""
     import torch
 
@@ -275,9 +280,9 @@ def measure(model, settings, seed, claims):
         for hook in hooks:
             hook.remove()
         pairs = list(zip(routings, routings[1:]))
+        experts = model.config.n_experts
         found = {"routing entropy": mean(moe.routing_entropy(r.scores).item() for r in routings),
-                 "path consistency": mean(moe.path_consistency(a.ids, b.ids, model.config.n_experts).item() for a, b in pairs),
-                 "dead experts": moe.dead_share(sum(moe.expert_counts(r.ids, model.config.n_experts) for r in routings)).item()}
+                 "path consistency": mean(moe.path_consistency(a.ids, b.ids, experts).item() for a, b in pairs)}
         if model.config.top_k > 1:
             found["overlap"] = mean(moe.overlap(a).item() for a in kept)
         if model.config.pool_groups == 1:
@@ -339,7 +344,8 @@ def wanted(config):
         claims = {c for claims, _ in RUNS.values() for c in claims_of(claims)}
         unknown = only - set(RUNS) - claims
         if unknown:
-            raise ValueError(f"only={config.only}: {', '.join(sorted(unknown))} is no claim ({', '.join(sorted(claims))}) and no run (--list)")
+            raise ValueError(f"only={config.only}: {', '.join(sorted(unknown))} is no claim ({', '.join(sorted(claims))}) "
+                             "and no run (--list shows them)")
         names = [name for name, (claims, _) in RUNS.items() if not only or name in only or only & set(claims_of(claims))]
     return [(name, seed) for seed in config.seeds for name in names]
 
@@ -400,7 +406,8 @@ def start_child(config, name, seed):
 def finish(config, name, seed, seconds, code, failed):
     path = record_path(config.size, name, seed)
     if code == 0:
-        print(f"{name} seed {seed}: validation loss {json.loads(path.read_text())['val_loss']:.4f} ({seconds / 60:.1f} min)", flush=True)
+        loss = json.loads(path.read_text())["val_loss"]
+        print(f"{name} seed {seed}: validation loss {loss:.4f} ({seconds / 60:.1f} min)", flush=True)
     elif code == 128 + signal.SIGTERM:
         print(f"{name} seed {seed}: stopped, resumes next time", flush=True)
     else:
@@ -410,6 +417,9 @@ def finish(config, name, seed, seconds, code, failed):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report: a pure function of results/runs/
+
+FIGURES = {"pool": ("dense", "vanilla", "unipool"), "infmoe": ("dense", "switch-2", "top2-of-4", "infmoe")}
+
 
 def load_records(size):
     """{(run, seed): record}"""
@@ -424,7 +434,8 @@ def value_of(record, measure):
 def compare(records, left, right):
     """Paired differences left - right over the seeds that both have."""
     (a, ma), (b, mb) = (side.partition(":")[::2] for side in (left, right))
-    pairs = [(value_of(records[a, s], ma), value_of(records[b, s], mb)) for s in sorted({s for n, s in records if n == a}) if (b, s) in records]
+    seeds = sorted(s for n, s in records if n == a and (b, s) in records)
+    pairs = [(value_of(records[a, s], ma), value_of(records[b, s], mb)) for s in seeds]
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
@@ -452,26 +463,25 @@ def claim_row(records, claim, text, left, right):
         return f"| {claim} | {text} | `{left}` | `{right}` | not run yet | | | |"
     lefts, rights = zip(*pairs)
     differences = [x - y for x, y in pairs]
-    return (f"| {claim} | {text} | `{left}` {spread(lefts)} | `{right}` {spread(rights)} | {spread(differences)} | {len(pairs)} | "
-            f"{verdict(differences)} |")
+    return (f"| {claim} | {text} | `{left}` {spread(lefts)} | `{right}` {spread(rights)} | {spread(differences)} | "
+            f"{len(pairs)} | {verdict(differences)} |")
 
 
 def run_row(records, name):
     mine = [r for (n, _), r in sorted(records.items()) if n == name]
     r = mine[0]
-    per_flop = r["flops_per_token"] * r["tokens"]
-    return (f"| `{name}` | {spread([m['val_loss'] for m in mine])} | {len(mine)} | {r['n_params'] / 1e6:.2f}M | {r['n_active_params'] / 1e6:.2f}M | "
-            f"{r['tokens'] / 1e6:.2f}M | {per_flop:.2e} | {mean(m['seconds'] for m in mine):.0f} |")
+    flops, seconds = r["flops_per_token"] * r["tokens"], mean(m["seconds"] for m in mine)
+    return (f"| `{name}` | {spread([m['val_loss'] for m in mine])} | {len(mine)} | {r['n_params'] / 1e6:.2f}M | "
+            f"{r['n_active_params'] / 1e6:.2f}M | {r['tokens'] / 1e6:.2f}M | {flops:.2e} | {seconds:.0f} |")
 
 
 def sweep_rows(records):
     """One row per family: the loss at each learning rate of the sweep."""
     rows = []
     for base in ("dense", "vanilla", "unipool", "infmoe"):
-        cells = [records.get((f"lr/{base}/{lr}", 1)) for lr in SWEEP]
-        best = min((c["val_loss"] for c in cells if c), default=None)
-        rows.append(f"| {base} | " + " | ".join("-" if c is None else f"{'**' * (c['val_loss'] == best)}{c['val_loss']:.4f}{'**' * (c['val_loss'] == best)}"
-                                                for c in cells) + " |")
+        losses = [records[f"lr/{base}/{lr}", 1]["val_loss"] if (f"lr/{base}/{lr}", 1) in records else math.inf for lr in SWEEP]
+        cells = ["-" if x == math.inf else f"**{x:.4f}**" if x == min(losses) else f"{x:.4f}" for x in losses]
+        rows.append(f"| {base} | {' | '.join(cells)} |")
     return rows
 
 
@@ -479,27 +489,30 @@ def report(size):
     """results/claims.md (claims-gpu.md) and figures, from the records alone."""
     records = load_records(size)
     if not records:
-        raise ValueError(f"no records of size {size} in results/runs: run some first, e.g. python reproduce.py --only=a --seeds=1")
+        raise ValueError(f"no records of size {size} in results/runs: run some first: python reproduce.py --only=a --seeds=1")
     done = [name for name in RUNS if any(n == name for n, _ in records)]
     machines = sorted({f"{r['hardware']}, torch {r['torch']}" for r in records.values()})
     commits = sorted({r["commit"] for r in records.values()})
     base = SIZES[size]
     lines = [f"# What holds at {size} size", "",
-             f"Written by `python reproduce.py --report --size={size}` from results/runs/. {base['arch']} blocks, {base['n_layer']} layers (12 where it says so), "
-             f"width {base['d_model']}, context {base['block_size']}, {base['dataset']}; loss in nats per {'byte' if size == 'cpu' else 'token'} on "
-             f"{base['eval_tokens']:,} held-out tokens. {len(records)} runs on {'; '.join(machines)}; commits {', '.join(commits)}.", "",
-             "The left side is claimed to be below the right one. Paired over seeds; \"holds\" and \"does not hold here\" mean that the "
-             "95 % t-interval of the paired difference lies on one side of zero, \"undecided\" that it does not, or that there is one seed.", "",
+             f"Written by `python reproduce.py --report --size={size}` from results/runs/. {base['arch']} blocks, "
+             f"{base['n_layer']} layers (12 where it says so), width {base['d_model']}, context {base['block_size']}, {base['dataset']}; loss in nats per "
+             f"{'byte' if size == 'cpu' else 'token'} on {base['eval_tokens']:,} held-out tokens. "
+             f"{len(records)} runs on {'; '.join(machines)}; commits {', '.join(commits)}.", "",
+             "The left side is claimed to be below the right one. Paired over seeds; \"holds\" and \"does not hold here\"",
+             "mean that the 95 % t-interval of the paired difference lies on one side of zero, \"undecided\" that it does not, or that",
+             "there is one seed.", "",
              "| | claim | left | right | difference | seeds | verdict |", "|---|---|---|---|---|---|---|",
              *(claim_row(records, *claim) for claim in CLAIMS), "",
-             "## Runs", "", "| run | validation loss | seeds | stored | active | tokens | FLOPs | seconds |", "|---|---|---|---|---|---|---|---|",
+             "## Runs", "", "| run | validation loss | seeds | stored | active | tokens | FLOPs | seconds |",
+             "|---|---|---|---|---|---|---|---|",
              *(run_row(records, name) for name in done), "",
-             "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds are those of a shared machine: read ratios between neighbours only.", "",
-             "## Learning rates", "", f"One seed, a third of the steps; the best of each row is what its family uses: {LR[size]}.", "",
+             "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds are those of a shared machine: compare them with care.", "",
+             "## Learning rates", "", f"One seed, a third of the steps. Used: {LR[size]}.", "",
              "| | " + " | ".join(f"{lr:g}" for lr in SWEEP) + " |", "|---|" + "---|" * len(SWEEP), *sweep_rows(records), ""]
     suffix = "" if size == "cpu" else f"-{size}"
     Path(f"results/claims{suffix}.md").write_text("\n".join(lines))
-    print(f"results/claims{suffix}.md: {len(records)} runs, {sum('not run yet' not in row for row in lines if row.startswith('| '))} rows")
+    print(f"wrote results/claims{suffix}.md from {len(records)} runs")
     draw_curves(records, suffix)
 
 
@@ -510,22 +523,25 @@ def draw_curves(records, suffix):
     except ImportError:
         print('no figures: pip install "nanoexperts[plot]"')
         return
-    for title, names in (("pool", ("dense", "vanilla", "unipool")), ("infmoe", ("dense", "switch-2", "top2-of-4", "infmoe"))):
+    for title, names in FIGURES.items():
         groups = {n: [r for (m, _), r in sorted(records.items()) if m == n] for n in names}
-        groups = {n: g for n, g in groups.items() if g}
+        groups = {n: group for n, group in groups.items() if group}
         if not groups:
             continue
         figure = Figure(figsize=(11, 3.6), dpi=150, layout="constrained")
-        for axes, (label, scale) in zip(figure.subplots(1, 3, sharey=True), (("tokens (M)", 1e6), ("training FLOPs (1e12)", 1e12), ("seconds", 1))):
-            for name, group in groups.items():
-                curve = [[mean(c) for c in zip(*points)] for points in zip(*(r["curve"] for r in group))]
-                x = {"t": [c[0] for c in curve], "f": [c[0] * group[0]["flops_per_token"] for c in curve], "s": [c[1] for c in curve]}["t" if "tokens" in label else "f" if "FLOPs" in label else "s"]
-                axes.plot([v / scale for v in x], [c[2] for c in curve], marker="o", markersize=3, label=f"{name} ({len(group)} seeds)")
+        panels = figure.subplots(1, 3, sharey=True)
+        for name, group in groups.items():
+            curve = [[mean(column) for column in zip(*points)] for points in zip(*(r["curve"] for r in group))]  # over seeds
+            tokens, seconds, losses = zip(*curve)
+            flops = [t * group[0]["flops_per_token"] / 1e12 for t in tokens]
+            for axes, x in zip(panels, ([t / 1e6 for t in tokens], flops, seconds)):
+                axes.plot(x, losses, marker="o", markersize=3, label=f"{name} ({len(group)} seeds)")
+        for axes, label in zip(panels, ("tokens (M)", "training FLOPs (1e12)", "seconds")):
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.axes[0].set_ylabel("validation loss (nats)")
-        figure.axes[0].legend(frameon=False)
+        panels[0].set_ylabel("validation loss (nats)")
+        panels[0].legend(frameon=False)
         figure.savefig(f"results/claims{suffix}-{title}.png", metadata={"Software": None})
 
 
