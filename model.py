@@ -636,7 +636,7 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}: train one with  python train.py --out_dir={folder}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["model"], ModelConfig(**saved["model_config"])
+        dict(saved)["model"], ModelConfig(**saved["model_config"])
         return saved
     except Exception as error:  # a truncated zip, a hostile pickle, another program's file: torch has a type for each
         raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}: truncated, or not one of ours): "

@@ -1,4 +1,4 @@
-"""moe.py against literal formulas: loops in float64 that a reader can check line by line; and transformers where it has the model.
+"""moe.py against literal formulas: loops in float64 that a reader can check line by line; transformers where it has the model.
 
   1. discrete routers          4. infinity-MoE: noise            7. losses
   2. NormRouter's constant     5. infinity-MoE: routers          8. diagnostics
