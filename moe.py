@@ -311,7 +311,7 @@ class GaussianRouter(nn.Module):
             u = u.unflatten(-1, (self.n_samples, self.n_components))  # (T, K, C)
             logits = logits - (-u.log()).log().to(logits.dtype)  # + Gumbel noise
         soft = logits.softmax(-1)
-        hard = F.one_hot(logits.argmax(-1), self.n_components).to(soft.dtype)
+        hard = torch.zeros_like(soft).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)  # F.one_hot would wait for the host
         return hard - soft.detach() + soft
 
 

@@ -1,0 +1,543 @@
+"""What breaks mixture-of-experts code elsewhere, for every flavour: a family of each by default, every cell of the table of what
+composes with what as slow tests.
+
+  1. idle experts           3. causality            5. accumulation, ranks    7. generation with the cache
+  2. auxiliary losses       4. saved state          6. compile, host sync     8. real data, loss falling    9. on a GPU
+"""
+import dataclasses
+import itertools
+import random
+
+import pytest
+import torch
+from moe_helpers import CELLS, FAMILIES, TEXT, build, gradients, random_tokens, real_text, small, train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_file
+import moe
+from model import GPT
+
+
+def flavours(condition=lambda config: True):
+    """Parametrize over the families and, slow, over all cells that the condition fits."""
+    cells = [pytest.param(c, id=name) for name, c in FAMILIES.items() if condition(small(**c))]
+    cells += [pytest.param(c, id=name, marks=pytest.mark.slow) for name, c in CELLS.items() if condition(small(**c))]
+    return pytest.mark.parametrize("overrides", cells)
+
+
+def is_discrete(config):
+    return config.flavour not in ("dense", "infmoe")
+
+
+def moe_of(model):
+    """The layers with experts, each with the bank that does its work."""
+    layers = [b.ffn for b in model.blocks if isinstance(b.ffn, moe.MoE)]
+    return [(layer, layer.bank or model.pool_of(i)) for i, layer in enumerate(layers)]
+
+
+def poison():
+    """Fills freed memory with NaN, so that whoever reads uninitialised memory finds it."""
+    blocks = [torch.full((size,), float("nan")) for size in (2**k for k in range(2, 18)) for _ in range(4)]
+    del blocks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Idle experts: exact zeros in their gradients, no NaN, no missing gradient.
+
+def send_everybody_to(model, ids):
+    """Every token to the same experts, with the gates that the router gives them."""
+    for layer, _ in moe_of(model):
+        def forward(x, keys=None, *, original=layer.router.forward):
+            r = original(x, keys)
+            chosen = torch.tensor(ids).expand(len(x), -1)
+            return moe.Routing(r.scores.gather(1, chosen), chosen, r.scores, r.logits)
+        layer.router.forward = forward
+
+
+@flavours(is_discrete)
+@pytest.mark.parametrize("batch, length", [(2, 16), (1, 1)], ids=["T=32", "T=1"])
+def test_all_tokens_on_the_same_experts(overrides, batch, length):
+    model = build(**overrides)
+    busy = list(range(1, 1 + model.config.top_k))
+    send_everybody_to(model, busy)
+    tokens = random_tokens(batch, length)
+    poison()
+    loss, grads = gradients(model, tokens, tokens)
+    assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads.values())
+    for _, bank in moe_of(model):
+        for weight in (bank.w_in, bank.w_out):
+            idle = [e for e in range(model.config.n_experts) if e not in busy]
+            assert not weight.grad[idle].any()
+            assert model.config.router == "norm" or weight.grad[busy].flatten(1).any(1).all()  # norm: a gate may be 0
+
+
+@flavours(is_discrete)
+@pytest.mark.parametrize("n_experts, top_k", [
+    (7, None), (13, None),  # primes; two tokens for 13 experts: most are idle
+    (3, 3), (2, 2),         # K = E: none is
+])
+def test_odd_numbers_of_experts(overrides, n_experts, top_k):
+    top_k = top_k or overrides.get("top_k", small(**overrides).top_k)
+    model, tokens = build(**{**overrides, "n_experts": n_experts, "top_k": top_k}), random_tokens(1, 2)
+    poison()
+    loss, grads = gradients(model, tokens, tokens)
+    assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads.values())
+    output = model(tokens, tokens, return_routings=True)
+    used = [sorted(set(r.ids.flatten().tolist())) for r in output.routings]
+    for bank in {id(b): b for _, b in moe_of(model)}.values():
+        mine = {e for (_, b), ids in zip(moe_of(model), used) for e in ids if b is bank}
+        idle = [e for e in range(n_experts) if e not in mine]
+        assert not bank.w_in.grad[idle].any() and not bank.w_out.grad[idle].any()
+    assert output.stats["counts"].sum(-1).tolist() == [2 * top_k] * len(output.routings)
+
+
+@flavours(lambda config: config.flavour == "infmoe" and config.infmoe_mask == "post" and config.rates()[-1] is not None)
+@pytest.mark.parametrize("length", [16, 1])
+def test_neurons_that_no_token_keeps_have_zero_gradients(overrides, length):
+    model, tokens = build(**overrides), random_tokens(1, length)
+    poison()
+    loss, grads = gradients(model, tokens, tokens)
+    assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads.values())
+    if model.config.pool_groups == 0:
+        routings = model(tokens, tokens, return_routings=True).routings
+        for (_, bank), codes in zip(moe_of(model), routings):
+            unused = (bank.masks(codes)[-1] == 0).all(0).all(0)  # (F,)
+            assert not bank.w_out.grad[:, unused].any()
+            assert length > 1 or unused.any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Auxiliary losses.
+
+def literal_balance(model, routings):
+    """coef * the sum over layers (or pools) of M * sum_i fbar_i Pbar_i: layers are neither concatenated nor averaged."""
+    c, total = model.config, 0
+    groups = [[r] for r in routings]
+    if c.balance == "pool":
+        size = len(routings) // c.pool_groups
+        groups = [routings[g * size:(g + 1) * size] for g in range(c.pool_groups)]
+    for group in groups:
+        scores = [r.scores / r.scores.sum(-1, keepdim=True) if c.balance_scores == "normalised" else r.scores for r in group]
+        for i in range(c.n_experts):
+            f = sum((r.ids == i).double().mean().item() for r in group) / len(group)
+            p = sum(s[:, i].mean() for s in scores) / len(group)
+            total = total + c.n_experts * f * p
+    return c.balance_coef * total
+
+
+@flavours(lambda config: is_discrete(config) and config.balance in ("layer", "pool"))
+def test_balance_loss_of_the_model_is_the_papers(overrides):
+    model, tokens = build(**overrides), random_tokens(2, 16)
+    output = model.train()(tokens, tokens, return_routings=True)
+    expected = literal_balance(model, output.routings)
+    assert output.aux["balance"].item() == pytest.approx(expected.item(), rel=1e-4)
+    routers = [layer.router.weight for layer, _ in moe_of(model)]
+    ours, literal = (torch.autograd.grad(loss, routers, retain_graph=True) for loss in (output.aux["balance"], expected))
+    for a, b in zip(ours, literal):
+        assert a.any() and torch.allclose(a, b, atol=1e-5)
+
+
+@flavours(lambda config: config.flavour == "infmoe" and config.balance == "layer")
+def test_balance_loss_of_infmoe_is_the_sum_over_masks(overrides):
+    model, tokens = build(**overrides), random_tokens(2, 16)
+    output, total = model.train()(tokens, tokens, return_routings=True), 0
+    for (_, bank), codes in zip(moe_of(model), output.routings):
+        scores, mask = bank.mask_scores(codes)[0], bank.masks(codes)[0]
+        q = (mask != 0).double().mean((0, 1))
+        total = total + scores.shape[-1] * (q / q.sum() * scores.softmax(-1).mean((0, 1))).sum()
+    assert output.aux["balance"].item() == pytest.approx(model.config.balance_coef * total.item(), rel=1e-5)
+
+
+@flavours(lambda config: config.flavour != "dense")
+def test_coefficients_scale_their_loss_and_nothing_else(overrides):
+    """Twice the coefficient, twice that loss; 0 leaves it out; the cross-entropy never moves."""
+    config, tokens = small(**overrides), random_tokens(2, 16)
+    output = build(**overrides).train()(tokens, tokens)
+    coefs = {"balance": "balance_coef", "z": "z_coef", "specialization": "specialization_coef", "coupling": "coupling_coef"}
+    expected = {name for name, field in coefs.items() if getattr(config, field)}
+    if config.balance == "bias":  # its coefficient is a rate, not a loss
+        expected.remove("balance")
+    assert set(output.aux) == expected
+    for name in expected:
+        for factor in (2, 0):
+            field = coefs[name]
+            changed = {field: factor * getattr(config, field)}
+            if not factor and name == "coupling":
+                changed["coupling"] = "mass"
+            other = build(**{**overrides, **changed}).train()(tokens, tokens)
+            assert torch.equal(other.loss, output.loss)
+            for key, value in output.aux.items():
+                if key == name:
+                    assert other.aux[key].item() == pytest.approx(2 * value.item()) if factor else key not in other.aux
+                else:
+                    assert torch.equal(other.aux[key], value)
+
+
+@flavours(lambda config: config.flavour != "dense")
+def test_auxiliary_gradients_reach_routers(overrides):
+    """Each loss alone: a gradient in every layer's router (coupling's and specialization's too, which has the gates detached
+    only in theory: it flows through the residual stream), and balance never moves an expert of its own layer."""
+    model, tokens = build(**overrides), random_tokens(2, 16)
+    output = model.train()(tokens, tokens)
+    for name, loss in output.aux.items():
+        assert loss.isfinite()
+        if name in ("balance", "z", "coupling"):
+            for layer, _ in moe_of(model):
+                weights = [p for n, p in layer.router.named_parameters() if n.endswith("weight")]
+                grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+                assert any(g is not None and g.any() for g in grads), name
+        if name in ("balance", "z"):
+            last = moe_of(model)[-1][1]
+            if not model.pools:
+                assert all(g is None for g in torch.autograd.grad(loss, list(last.parameters())[:1], retain_graph=True,
+                                                                  allow_unused=True))
+
+
+@pytest.mark.parametrize("flavour", ["switch", "topk"])
+def test_balanced_costs_the_constant_and_collapse_costs_more(flavour):
+    """Softmax routers that cannot decide cost coef per layer (P is even, whatever f is); certain and collapsed ones up to E times
+    that. A second softmax over the scores would hide the collapse."""
+    model, tokens = build(flavour=flavour, n_experts=4, top_k=1), random_tokens(2, 16)
+    for layer, _ in moe_of(model):
+        torch.nn.init.zeros_(layer.router.weight)
+    balance = lambda: model.train()(tokens, tokens).aux["balance"].item()
+    assert balance() == pytest.approx(2 * 1e-2)  # two layers
+    for block in model.blocks:  # every token's router input is the same vector, and expert 2 is made for it
+        torch.nn.init.zeros_(block.norm2.weight)
+        torch.nn.init.ones_(block.norm2.bias)
+        with torch.no_grad():
+            block.ffn.router.weight[2] = 5.0
+    assert balance() == pytest.approx(2 * 1e-2 * 4, rel=1e-4)
+
+
+@flavours(lambda config: config.coupling_coef > 0)
+def test_coupling_and_specialization_of_the_model(overrides):
+    """Means over pairs of adjacent layers, and over layers: lambda does not grow with depth."""
+    model, tokens = build(**overrides), random_tokens(2, 16)
+    if model.paths is not None:
+        torch.nn.init.uniform_(model.paths)
+    output = model.train()(tokens, tokens, return_routings=True)
+    r, c = output.routings, model.config
+    pairs = [moe.coupling_loss(a.scores, a.ids, b.scores, b.ids, None if model.paths is None else model.paths[i])
+             for i, (a, b) in enumerate(zip(r, r[1:]))]
+    assert len(pairs) == len(r) - 1
+    assert output.aux["coupling"].item() == pytest.approx(c.coupling_coef * sum(pairs).item() / len(pairs), rel=1e-5)
+    inputs, terms = {}, []
+    for i, (layer, _) in enumerate(moe_of(model)):
+        layer.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, args[0]))
+    model(tokens, tokens)
+    for i, (_, bank) in enumerate(moe_of(model)):
+        acts = torch.stack([torch.stack([moe.activate(bank.w_in[e] @ x, bank.activation) for e in ids.tolist()])
+                            for x, ids in zip(inputs[i], r[i].ids)])
+        terms.append(moe.specialization_loss(acts))
+    assert output.aux["specialization"].item() == pytest.approx(c.specialization_coef * sum(terms).item() / len(terms), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Causality: nothing that comes later is seen.
+
+@flavours()
+@pytest.mark.parametrize("t", [0, 1, 8, 15])
+def test_the_future_is_not_seen(overrides, t):
+    model, tokens, keys = build(**overrides).double().eval(), random_tokens(2, 16), torch.tensor([1, 2**35])
+    changed = tokens.clone()
+    changed[:, t] = (changed[:, t] + 1) % 257
+    with torch.no_grad():
+        a, b = (model(x, noise_key=keys).logits for x in (tokens, changed))
+    assert torch.allclose(a[:, :t], b[:, :t], atol=1e-9)
+    assert not torch.allclose(a[:, t], b[:, t], atol=1e-3)
+    if t < 15:
+        assert not torch.allclose(a[:, 15], b[:, 15], atol=1e-9)  # and the past is
+
+
+@flavours()
+def test_sequences_do_not_see_each_other(overrides):
+    """In evaluation a sequence's logits do not depend on who else is in the batch, nor on its length after it."""
+    model, tokens, keys = build(**overrides).double().eval(), random_tokens(3, 16), torch.arange(3)
+    with torch.no_grad():
+        together = model(tokens, noise_key=keys).logits
+        alone = torch.cat([model(tokens[i:i + 1, :9], noise_key=keys[i:i + 1]).logits for i in range(3)])
+    assert torch.allclose(together[:, :9], alone, atol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. All state is in the state dict: k steps, save, load into a fresh model, the rest = all steps in one go, bit for bit.
+
+@flavours()
+def test_steps_after_loading_equal_steps_without(overrides, tmp_path):
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            tokens, targets = real_text(2, 16, seed=step)
+            output = model.train()(tokens, targets, noise_key=torch.tensor([step, step + 1]))
+            optimizer.zero_grad()
+            (output.loss + sum(output.aux.values())).backward()
+            optimizer.step()
+            model.update_balance(output.stats)
+
+    def fresh(seed):
+        model = build(seed=seed, **overrides)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+    whole, optimizer = fresh(0)
+    steps(whole, optimizer, 0, 4)
+    first, optimizer = fresh(0)
+    steps(first, optimizer, 0, 2)
+    torch.save((first.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
+    second, optimizer = fresh(1)
+    for target, state in zip((second, optimizer), torch.load(tmp_path / "state.pt", weights_only=True)):
+        target.load_state_dict(state)
+    steps(second, optimizer, 2, 4)
+    for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Accumulation and ranks.
+
+WITHOUT_BALANCE = dict(balance="none", balance_coef=None, balance_scores=None)
+
+
+def mean_gradients(model, parts):
+    """Mean loss and gradients over equally large micro-batches (tokens, targets, keys)."""
+    results = [gradients(model, tokens, targets, noise_key=keys) for tokens, targets, keys in parts]
+    loss = sum(r[0] for r in results) / len(results)
+    return loss, {name: sum(r[1][name] for r in results) / len(results) for name in results[0][1]}
+
+
+def assert_close(a, b, atol=1e-6):
+    assert torch.allclose(a[0], b[0], atol=atol)
+    for name in a[1]:
+        assert torch.allclose(a[1][name], b[1][name], atol=atol, rtol=1e-3), name
+
+
+@flavours()
+def test_micro_batches_equal_one_big_batch(overrides):
+    """All losses but balance are means over tokens: z, specialization, coupling included."""
+    if "flavour" in overrides:
+        overrides = {**overrides, **WITHOUT_BALANCE}
+    model, (tokens, targets), keys = build(**overrides).double(), real_text(4, 16), torch.arange(4)
+    whole = gradients(model, tokens, targets, noise_key=keys)
+    for n in (2, 4):
+        parts = zip(tokens.chunk(n), targets.chunk(n), keys.chunk(n))
+        assert_close(whole, mean_gradients(model, parts))
+
+
+@flavours(lambda config: config.balance in ("layer", "pool") and config.balance_coef > 0)
+def test_balance_losses_of_micro_batches_differ_and_how(overrides, monkeypatch):
+    """f is of one micro-batch (over all ranks): accumulated micro-batches balance each of themselves, which is stricter than
+    balancing the whole. With f of the whole batch in every part, as ranks have it, the mean of the parts is the whole again."""
+    overrides = {**overrides, "balance_coef": 0.5}
+    model, (tokens, targets), keys = build(**overrides).double(), real_text(4, 16), torch.arange(4)
+    whole, counted = gradients(model, tokens, targets, noise_key=keys), []
+    monkeypatch.setattr(model_file, "sum_over_ranks", lambda x: counted.append(x) or x)
+    parts = list(zip(tokens.chunk(2), targets.chunk(2), keys.chunk(2)))
+    accumulated = mean_gradients(model, parts)
+    assert (accumulated[0] - whole[0]).abs() > 1e-6
+    monkeypatch.setattr(model_file, "sum_over_ranks", lambda x: counted[0] + counted[1])
+    assert_close(whole, mean_gradients(model, parts))
+
+
+@flavours(lambda config: config.flavour != "dense")
+def test_update_balance_from_summed_statistics_equals_one_big_batch(overrides):
+    tokens, keys, states = random_tokens(4, 16), torch.arange(4), []
+    for n in (1, 2, 4):
+        model = build(**overrides).train()
+        stats = [model(t, t, noise_key=k).stats for t, k in zip(tokens.chunk(n), keys.chunk(n))]
+        model.update_balance({name: sum(s[name] for s in stats) for name in stats[0]})
+        states.append(dict(model.named_buffers()))
+    for name in states[0]:
+        assert all(torch.allclose(s[name], states[0][name], atol=1e-6) for s in states), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. torch.compile without graph breaks, and no waiting for the host.
+
+@flavours()
+def test_compiled_equals_eager(overrides):
+    """fullgraph, forward and backward: loss, auxiliary losses, statistics and every gradient; then evaluation."""
+    torch._dynamo.reset()
+    model, (tokens, targets), keys = build(**overrides), real_text(2, 16), torch.tensor([3, 4 << 33])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model.train()(tokens, targets, noise_key=keys)
+    output = compiled(tokens, targets, noise_key=keys)
+    assert torch.allclose(output.loss, expected.loss, atol=1e-6)
+    for ours, theirs in ((output.aux, expected.aux), (output.stats, expected.stats)):
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert torch.allclose(ours[name], theirs[name], atol=1e-5, rtol=1e-4), name
+    grads = []
+    for out in (output, expected):
+        model.zero_grad()
+        (out.loss + sum(out.aux.values())).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for (name, _), a, b in zip(model.named_parameters(), *grads):
+        assert torch.allclose(a, b, atol=1e-5), name
+    torch._dynamo.reset()
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a tensor's value is brought to the host, or where a shape depends on one."""
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "repeat_interleave.Tensor")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(word in str(func) for word in self.FORBIDDEN), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def forbid_host_reads(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a tensor's value was read on the host")
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+
+
+@flavours()
+@pytest.mark.parametrize("training", [True, False])
+def test_hot_path_reads_nothing_on_the_host(overrides, training, monkeypatch):
+    """Forward, losses, statistics and backward. (The loop oracle is exempt; widths here are those that grouped_mm accepts.)"""
+    model, tokens, keys = build(**overrides).train(training), random_tokens(2, 16), torch.tensor([1, 2])
+    with monkeypatch.context() as patch, NoSync():
+        forbid_host_reads(patch)
+        output = model(tokens, tokens, noise_key=keys)
+        if training:
+            (output.loss + sum(output.aux.values())).backward()
+            model.update_balance(output.stats)
+
+
+def test_the_search_for_host_reads_can_fail(monkeypatch):
+    model, tokens = build(flavour="topk", backend="loop"), random_tokens(1, 4)
+    with pytest.raises(AssertionError, match="waits for the device"), NoSync():
+        model(tokens)
+    with pytest.raises(AssertionError, match="read on the host"), monkeypatch.context() as patch:
+        forbid_host_reads(patch)
+        torch.ones(1).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Generation with the KV cache is generation without it, past block_size too.
+
+@flavours()
+def test_cached_generation_equals_uncached(overrides):
+    """Every step's logits, in float64, for a prompt that slides twice; then sampled tokens under one seed."""
+    model, tokens = build(**overrides).double().eval(), random_tokens(2, 5)
+    seen = {True: [], False: []}
+    for use_cache, logits in seen.items():
+        hook = model.head.register_forward_hook(lambda module, args, out, logits=logits: logits.append(out[:, -1]))
+        generated = list(model.generate(tokens, 30, temperature=0.8, top_k=50, generator=torch.Generator().manual_seed(0),
+                                        use_cache=use_cache))
+        hook.remove()
+        seen[use_cache] = torch.stack(logits), torch.cat(generated, dim=1)
+    assert torch.allclose(seen[True][0], seen[False][0], atol=1e-9)
+    assert torch.equal(seen[True][1], seen[False][1])
+    assert seen[True][1].unique().numel() > 5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Real data: the interpreter's own library, as bytes.
+
+def assert_learns(overrides, steps):
+    """The loss falls by more than a nat from log 257 = 5.55; all of it finite; every parameter has a gradient and moves."""
+    config = dict(overrides, d_model=32, d_ff=64, block_size=32, n_head=4)
+    model = build(std=0.05, **config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = train(model, steps)
+    assert all(torch.tensor(losses).isfinite()) and sum(losses[-4:]) / 4 < losses[0] - 1, losses
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.isfinite().all(), name
+        assert not torch.equal(p, before[name]), name
+    evaluation = model.eval()(*real_text(4, 32, seed=10_000)).loss
+    assert evaluation.isfinite() and evaluation < losses[0] - 0.7
+
+
+def test_real_text_is_real():
+    assert len(TEXT) > 50_000 and b"import" in bytes(TEXT[:5000].tolist())
+    tokens, targets = real_text(3, 20)
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_learn_real_text(name):
+    assert_learns(FAMILIES[name], 30)
+
+
+@pytest.mark.parametrize("name", random.Random(3).sample(sorted(CELLS), 6))
+def test_random_cells_learn_real_text(name):
+    assert_learns(CELLS[name], 25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CELLS)
+def test_all_cells_learn_real_text(name):
+    assert_learns(CELLS[name], 40)
+
+
+def pairs_of_features():
+    """Two overrides that different papers bring, in one model."""
+    deep, paths = dict(n_layer=4), dict(coupling_coef=1e-3, coupling="path")
+    features = {
+        "pool": dict(flavour="unipool", pool_groups=1), "pools": dict(deep, flavour="unipool", pool_groups=2),
+        "bias": dict(balance="bias"), "normalised": dict(balance="layer", balance_scores="normalised"), "z": dict(z_coef=1e-3),
+        "sigmoid": dict(router="sigmoid"), "norm": dict(router="norm"), "shared": dict(n_shared_experts=1),
+        "specialization": dict(top_k=2, specialization_coef=2e-3), "coupling": dict(deep, top_k=2, coupling_coef=1e-3),
+        "paths": dict(deep, **paths), "every second": dict(deep, moe_every=2), "llama": dict(arch="llama", n_kv_head=1),
+        "dropout": dict(dropout=0.1), "tied": dict(tie_embeddings=True)}
+    for (a, first), (b, second) in itertools.combinations(features.items(), 2):
+        if all(first[k] == second[k] for k in first.keys() & second.keys()):
+            yield pytest.param({"flavour": "topk", "n_experts": 4, **first, **second}, id=f"{a}+{b}")
+
+
+PAIRS = list(pairs_of_features())
+
+
+def assert_trains_a_step(overrides):
+    model, (tokens, targets) = build(**overrides), real_text(2, 16)
+    loss, grads = gradients(model, tokens, targets)
+    assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads.values())
+    assert dataclasses.replace(model.config) == model.config
+
+
+@pytest.mark.parametrize("overrides", random.Random(1).sample(PAIRS, 12))
+def test_random_pairs_of_features_train(overrides):
+    assert_trains_a_step(overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", PAIRS)
+def test_all_pairs_of_features_train(overrides):
+    assert_trains_a_step(overrides)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. On a GPU: the same numbers as on the CPU, and the driver itself watches for host syncs.
+
+@pytest.mark.gpu
+@flavours()
+def test_gpu_equals_cpu(overrides):
+    model, (tokens, targets), keys = build(**overrides), real_text(2, 16), torch.tensor([1, 2])
+    expected = gradients(model, tokens, targets, noise_key=keys)
+    blocks = [torch.full((2**k,), float("nan"), device="cuda") for k in range(4, 22) for _ in range(4)]
+    del blocks
+    on_gpu = GPT(model.config)
+    on_gpu.load_state_dict(model.state_dict())
+    on_gpu.cuda()
+    loss, grads = gradients(on_gpu, tokens.cuda(), targets.cuda(), noise_key=keys.cuda())
+    assert torch.allclose(loss.cpu(), expected[0], atol=1e-4)
+    for name, grad in grads.items():
+        assert torch.allclose(grad.cpu(), expected[1][name], atol=1e-3, rtol=1e-2), name
+
+
+@pytest.mark.gpu
+@flavours()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_never_waits_for_the_host(overrides, dtype):
+    model = build(**overrides).cuda().train()
+    tokens, keys = random_tokens(2, 16).cuda(), torch.tensor([1, 2]).cuda()
+    for mode in ("default", "error"):  # the first pass compiles kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                output = model(tokens, tokens, noise_key=keys)
+            (output.loss + sum(output.aux.values())).backward()
+            model.update_balance(output.stats)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad.isfinite().all() for p in model.parameters())
