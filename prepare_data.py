@@ -395,6 +395,8 @@ def parquet_rows(path, text_key):
     table = extra("pyarrow.parquet").ParquetFile(path)
     if text_key not in table.schema_arrow.names:
         raise ValueError(f"no column '{text_key}' (--text_key) among {', '.join(table.schema_arrow.names)}")
+    if "string" not in (kind := str(table.schema_arrow.field(text_key).type)):
+        raise ValueError(f"the column '{text_key}' holds {kind}, not text (--text_key)")
     for rows in table.iter_batches(batch_size=256, columns=[text_key]):
         yield rows.column(0).to_pylist(), path.stat().st_size * len(rows) / table.metadata.num_rows
 
@@ -405,14 +407,20 @@ def json_lines(path, text_key):
         if path.suffix == ".zst":  # pyarrow's stream, unlike zstandard's, complains of a file that is cut short
             lines = io.BufferedReader(extra("pyarrow").input_stream(f, compression="zstd"), BATCH)
         while block := lines.readlines(BATCH):
-            try:
-                texts = [json.loads(line)[text_key] for number, line in enumerate(block, number + 1) if line.strip()]
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: not JSON in UTF-8 ({error})") from None
-            except (KeyError, TypeError):
-                raise ValueError(f"line {number}: no field '{text_key}' (--text_key)") from None
-            yield texts, f.tell() - at
-            at = f.tell()
+            yield [json_text(line, number, text_key) for number, line in enumerate(block, number + 1)], f.tell() - at
+            number, at = number + len(block), f.tell()
+
+
+def json_text(line, number, text_key):
+    try:
+        text = json.loads(line)[text_key] if line.strip() else None
+        if isinstance(text, (str, type(None))):
+            return text
+    except (KeyError, TypeError):
+        pass
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: not JSON in UTF-8 ({error})") from None
+    raise ValueError(f"line {number}: no text under '{text_key}' (--text_key)")
 
 
 def text_blocks(path):

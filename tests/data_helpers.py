@@ -51,11 +51,16 @@ def run_script(*arguments, check=None, wait=True, **env):
 
 
 class HubServer(http.server.ThreadingHTTPServer):
-    """huggingface.co as far as listing and downloading a dataset's files go: `files` is {path in the dataset: bytes}."""
+    """huggingface.co as far as listing and downloading a dataset's files go: `files` is {path in the dataset: bytes}.
 
-    def __init__(self, files, seconds_per_chunk=0.0):
+    stall: the end of the name of a file that never arrives whole; damage: of one that arrives with a wrong byte.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, files, seconds_per_chunk=0.0, stall="", damage=""):
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files, self.seconds_per_chunk, self.requests = files, seconds_per_chunk, []
+        self.files, self.seconds_per_chunk, self.stall, self.damage, self.requests = files, seconds_per_chunk, stall, damage, []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -84,9 +89,13 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            for start in range(0, len(body), 2**16):
-                self.wfile.write(body[start : start + 2**16])
-                time.sleep(self.server.seconds_per_chunk)
+            step = max(1, len(body) // 4)
+            for start in range(0, len(body), step):
+                self.wfile.write(body[start : start + step])
+                time.sleep(60 if self.is_file(self.server.stall) else self.server.seconds_per_chunk)
+
+    def is_file(self, name):
+        return bool(name) and "/resolve/" in self.path and self.path.endswith(name)
 
     def do_GET(self):
         self.server.requests.append((self.command, self.path, self.headers.get("Range")))
@@ -104,6 +113,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if data is None:
             return self.reply(404, b"", {"Content-Length": 0, "X-Error-Code": "EntryNotFound"})
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": "1" * 40, "Accept-Ranges": "bytes"}
+        if self.is_file(self.server.damage):
+            data = data[:-9] + b"!" + data[-8:]
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"

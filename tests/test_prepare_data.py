@@ -1,0 +1,854 @@
+"""prepare_data.py: tokenizers, the shard format, the reader's order, sources, killed preparations, the hub."""
+
+import base64
+import collections
+import hashlib
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiktoken
+import zstandard
+from data_helpers import ROOT, HubServer, gpt2_cache, run_script
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import prepare_data
+from prepare_data import DataConfig, ShardReader, get_tokenizer, load_meta, prepare, write_shard
+
+TEXTS = ["one\r\ntwo", "naïve café", "日本語 🙂", "\tdef f():\n        return 1\n", "<|endoftext|>", "x" * 5000, " ", "\x00"]
+DOCUMENTS = [f"{i}: {text}" for i in range(40) for text in TEXTS]
+
+
+def jsonl(documents, key="text"):
+    """One JSON object a line, every other one with its characters escaped."""
+    lines = [json.dumps({key: text, "n": 1}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def parquet(documents, key="text", **options):
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(documents))), key: documents}), out, **options)
+    return out.getvalue()
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return str(path)
+
+
+def make(source, out_dir, **options):
+    """prepare() in this process. -> meta"""
+    return prepare([str(source)], DataConfig(out_dir=str(out_dir), **options))[1]
+
+
+def tokens_of(folder, split):
+    """All tokens of a split, read without any of prepare_data's code."""
+    paths = sorted(Path(folder).glob(f"*{split}_*.bin"))
+    return np.concatenate([np.frombuffer(path.read_bytes()[1024:], "<u2") for path in paths] or [np.empty(0, "<u2")])
+
+
+def documents_of(folder, split, tokenizer):
+    """The texts of a split: what lies between the end-of-text tokens, decoded."""
+    tokens = tokens_of(folder, split)
+    starts = [*np.flatnonzero(tokens == tokenizer.eot).tolist(), len(tokens)]
+    return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:])]
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2_cache())
+    get_tokenizer.cache_clear()
+    return get_tokenizer("gpt2")
+
+
+# ---- 1. tokenizers
+
+
+@given(st.text())
+@example("\ud800 half a pair")
+def test_bytes_round_trip(text):
+    tokenizer = get_tokenizer("bytes")
+    valid = text.encode("utf-8", "replace")
+    assert tokenizer.encode(text) == list(valid) and tokenizer.decode_bytes(tokenizer.encode(text)) == valid
+
+
+def test_bytes_tokenizer():
+    tokenizer = get_tokenizer("bytes")
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("bytes", 257, 256)
+    assert tokenizer.encode("é<|endoftext|>")[:3] == [0xC3, 0xA9, ord("<")]  # a special token's text is text
+    assert tokenizer.encode_batch(["a", ""]) == [[97], []]
+    assert tokenizer.decode([0xC3]) == "\ufffd"  # half a character
+    assert tokenizer.decode([97, 256, 98]) == "a<|endoftext|>b"
+    assert tokenizer.decode([97, 300]) == "a\ufffd"  # a model's vocabulary may be padded
+
+
+def test_gpt2_offline(gpt2):
+    assert (gpt2.name, gpt2.vocab_size, gpt2.eot) == ("gpt2", 50257, 50256)
+    assert gpt2.encode("Hello world") == [15496, 995]
+    reference = tiktoken.get_encoding("gpt2")
+    for text in [*TEXTS, Path(__file__).read_text()]:
+        assert gpt2.encode(text) == reference.encode_ordinary(text)
+        assert gpt2.decode(gpt2.encode(text)) == text
+    assert 50256 not in gpt2.encode("a<|endoftext|>b")
+    assert gpt2.decode([15496, 50300]) == "Hello\ufffd"
+
+
+def test_gpt2_without_vocabulary_is_one_line(tmp_path):
+    done = run_script(write(tmp_path / "a.txt", "hello"), "--tokenizer=gpt2", f"--out_dir={tmp_path / 'x'}", check=2,
+                      TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"), HTTPS_PROXY="http://127.0.0.1:9")  # fmt: skip
+    assert done.stderr.count("\n") == 1 and "--tokenizer=bytes" in done.stderr and not list(tmp_path.glob("x*"))
+
+
+def rank_file(path, ranks):
+    return write(path, b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+
+
+def test_rank_file(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b"he": 256, b"ll": 257, b"hell": 258, b" w": 259}
+    tokenizer = get_tokenizer(rank_file(tmp_path / "small.tiktoken", ranks))
+    assert (tokenizer.vocab_size, tokenizer.eot) == (261, 260)
+    assert tokenizer.encode("hello world") == [258, ord("o"), 259, *b"orld"]
+    assert tokenizer.decode(tokenizer.encode("hello wörld")) == "hello wörld"
+
+
+SINGLE = {bytes([i]): i for i in range(256)}
+BAD_RANKS = [  # content, what the line says
+    ({k: v for k, v in SINGLE.items() if v != 7}, "256 single bytes"),
+    (SINGLE | {b"ab": 255}, "once each"),  # a rank twice
+    (SINGLE | {b"ab": 300}, "once each"),  # a hole
+    (SINGLE | {struct.pack("<I", i): i for i in range(256, 65536)}, "65537 ids are too many"),
+    (b"no rank file\n", "not a .tiktoken rank file"),
+    (b"!!! 3\n", "not a .tiktoken rank file"),
+    (b"", "256 single bytes"),
+]
+
+
+@pytest.mark.parametrize("content, line", BAD_RANKS, ids=range(len(BAD_RANKS)))
+def test_bad_rank_file(tmp_path, content, line):
+    path = tmp_path / "bad.tiktoken"
+    write(path, content) if isinstance(content, bytes) else rank_file(path, content)
+    with pytest.raises(ValueError, match=line):
+        get_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("spec", ["gpt3", "nowhere.tiktoken", "", __file__])
+def test_unknown_tokenizer(spec):
+    with pytest.raises(ValueError, match=r"no tokenizer .*bytes, gpt2"):
+        get_tokenizer(spec)
+
+
+# ---- 2. the shard format
+
+
+def test_shard_layout(tmp_path):
+    """The layout of llm.c, written out by hand."""
+    write_shard(tmp_path / "train_000000.bin", np.array([1, 256, 65535]))
+    header = struct.pack("<256i", 20240520, 1, 3, *[0] * 253)
+    assert (tmp_path / "train_000000.bin").read_bytes() == header + struct.pack("<3H", 1, 256, 65535)
+    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]  # no temporary file stays
+
+
+def shards(folder, *arrays, split="train", meta=True, prefix=""):
+    folder.mkdir(exist_ok=True, parents=True)
+    for i, tokens in enumerate(arrays):
+        write_shard(folder / f"{prefix}{split}_{i:06d}.bin", np.asarray(tokens))
+    if meta:
+        write(folder / "meta.json", json.dumps({"tokenizer": "bytes", "vocab_size": 257}))
+    return folder
+
+
+def header(magic=20240520, version=1, count=100):
+    return struct.pack("<256i", magic, version, count, *[0] * 253)
+
+
+BAD_SHARDS = [  # bytes, what the line says
+    (b"", "truncated, its 0 bytes"),
+    (header()[:1000], "truncated, its 1000 bytes"),
+    (header(), "truncated, 100 tokens in its header, 0 in the file"),
+    (header() + bytes(199), "truncated, 100 tokens in its header, 99.5 in the file"),
+    (header() + bytes(202), "damaged, 100 tokens in its header, 101 in the file"),
+    (header(magic=20240522) + bytes(200), "not a token shard"),  # llama-3's shards: uint32
+    (header(version=2) + bytes(200), "not a token shard"),
+    (header(count=-1) + bytes(200), "damaged"),
+    (header(count=2**31 - 1) + bytes(200), "truncated"),
+    (b"PAR1" + bytes(2000), "not a token shard"),
+]
+
+
+@pytest.mark.parametrize("content, line", BAD_SHARDS, ids=[case[1] for case in BAD_SHARDS])
+def test_bad_shard(tmp_path, content, line):
+    folder = shards(tmp_path, np.arange(100))
+    write(folder / "train_000001.bin", content)
+    with pytest.raises(ValueError, match=line) as error:
+        ShardReader(folder, "train", 8)
+    assert "train_000001.bin" in str(error.value) and "\n" not in str(error.value)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=1100), st.tuples(st.integers(0, 1300), st.binary(max_size=8))))
+def test_fuzz_shard(tmp_path, change):
+    """Any bytes, or a good shard with some bytes replaced or cut: an error that names it, or windows of the right shape."""
+    good = header(count=100) + np.arange(100, dtype="<u2").tobytes()
+    data = change if isinstance(change, bytes) else good[: change[0]] + change[1] + good[change[0] + len(change[1]) :]
+    write(shards(tmp_path) / "train_000000.bin", data)
+    try:
+        reader = ShardReader(tmp_path, "train", 9, vocab_size=257)
+        assert reader.n_tokens == 100 and reader.batch(0, 11).shape == (11, 10)
+    except ValueError as error:
+        assert "train" in str(error)
+
+
+# ---- 3. reading
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """Three shards of 41, 8 and 30 tokens in windows of 5: 8 + 1 + 5 windows at block_size 5, tokens that name their place."""
+    return ShardReader(shards(tmp_path, np.arange(41), 1000 + np.arange(8), 2000 + np.arange(30)), "train", 5, seed=7)
+
+
+STARTS = [*range(0, 40, 5), 1000, *range(2000, 2025, 5)]
+EXPECTED = [list(range(start, start + 6)) for start in STARTS]
+
+
+def test_windows(reader):
+    """Stride block_size, one token of overlap (the target of the last position), none across a shard's end."""
+    assert (reader.n_tokens, reader.n_windows) == (79, 14)
+    assert reader.sequential(0, 14).tolist() == EXPECTED
+    assert reader.sequential(7, 3).tolist() == EXPECTED[7:10]  # over two shard ends
+    assert reader.sequential(3, 0).shape == (0, 6) and reader.batch(3, 0).shape == (0, 6)
+    assert reader.batch(0, 4).dtype == np.int64
+    with pytest.raises(ValueError, match="up to 15 asked for, 14 there"):
+        reader.sequential(13, 2)
+
+
+@pytest.mark.parametrize("count, windows", [(0, 0), (1, 0), (5, 0), (6, 1), (10, 1), (11, 2)])
+def test_window_count_at_the_edges(tmp_path, count, windows):
+    folder = shards(tmp_path, np.zeros(11), np.zeros(count))
+    assert ShardReader(folder, "train", 5).n_windows == 2 + windows
+
+
+def test_each_epoch_is_a_permutation(reader):
+    for epoch in range(3):
+        windows = reader.batch(epoch * 14, 14).tolist()
+        assert sorted(windows) == sorted(EXPECTED)
+    epochs = [reader.batch(epoch * 14, 14).tolist() for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != reader.sequential(0, 14).tolist()
+
+
+def test_order_is_a_function_of_seed_and_position(reader):
+    """Any cut of the stream into reads gives the same windows: resuming needs the position only."""
+    stream = reader.batch(0, 50).tolist()
+    for first in range(0, 50, 3):
+        for n in (0, 1, 50 - first):
+            assert reader.batch(first, n).tolist() == stream[first : first + n]
+    again = ShardReader(reader.folder, "train", 5, seed=7)
+    assert again.batch(17, 9).tolist() == stream[17:26]  # another process that resumes
+    assert ShardReader(reader.folder, "train", 5, seed=8).batch(0, 14).tolist() != stream[:14]
+    assert ShardReader(reader.folder, "train", 5, seed=-1).batch(0, 14).shape == (14, 6)  # any int is a seed
+
+
+def test_order_never_changes(reader):
+    """Frozen: a checkpoint of last year resumes on the same data. First token of each window of the first epochs."""
+    assert reader.batch(0, 20)[:, 0].tolist() == FROZEN
+
+
+FROZEN = [2005, 2020, 2010, 2000, 2015, 1000, 20, 15, 30, 10, 5, 0, 25, 35, 1000, 2015, 2020, 2005, 2010, 2000]
+
+
+def test_shards_are_visited_one_at_a_time(reader):
+    """The reads of an epoch stay within one shard until it is done."""
+    turns = [token // 1000 for token in reader.batch(0, 14)[:, 0].tolist()]
+    assert len([1 for a, b in zip(turns, turns[1:]) if a != b]) == 2
+
+
+def test_ranks_share_no_window(reader):
+    """Rank r of R takes the positions [(aR + r)B, (aR + r + 1)B) in micro-step a: disjoint within an epoch, whatever R is."""
+    for ranks, size in ((2, 2), (7, 1), (1, 14)):
+        steps = 14 // (ranks * size)
+        taken = [reader.batch((a * ranks + r) * size, size) for a in range(steps) for r in range(ranks)]
+        rows = [tuple(row) for batch in taken for row in batch.tolist()]
+        assert len(set(rows)) == len(rows) == steps * ranks * size
+        assert rows == [tuple(row) for row in reader.batch(0, len(rows)).tolist()]  # the same list for any number of ranks
+
+
+def test_far_positions(reader):
+    assert reader.batch(10**15, 3).shape == (3, 6)
+
+
+def test_id_beyond_the_vocabulary(tmp_path):
+    folder = shards(tmp_path, np.arange(250, 300))
+    with pytest.raises(ValueError, match=r"train_000000\.bin: token id 299 is beyond the vocabulary of 257"):
+        ShardReader(folder, "train", 49, vocab_size=257).batch(0, 1)
+    assert ShardReader(folder, "train", 49, vocab_size=300).batch(0, 1).max() == 299
+
+
+def test_shard_that_vanishes_shrinks_or_grows(tmp_path):
+    reader = ShardReader(shards(tmp_path, np.arange(400)), "train", 5)
+    path, whole = tmp_path / "train_000000.bin", (tmp_path / "train_000000.bin").read_bytes()
+    for content, line in [(whole[:-20], "truncated"), (whole + b"xx", "damaged"), (b"", "truncated"), (None, "vanished")]:
+        reader.batch(0, 3)
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(ValueError, match=line) as error:
+            reader.batch(3, 3)
+        assert "train_000000.bin" in str(error.value)
+        path.write_bytes(whole)
+    write_shard(path, np.arange(300))  # whole, but another one
+    with pytest.raises(ValueError, match="changed while it was in use"):
+        reader.batch(6, 3)
+
+
+def test_too_short(tmp_path):
+    with pytest.raises(ValueError, match="9 train tokens hold no window of block_size \\+ 1 = 11"):
+        ShardReader(shards(tmp_path, np.arange(9)), "train", 10)
+
+
+@pytest.mark.parametrize("name, command", [
+    ("stdlib", "run: python prepare_data.py stdlib --out_dir="),
+    ("packages_gpt2", "run: python prepare_data.py packages --tokenizer=gpt2 --out_dir="),
+    ("fineweb-edu", "run: python prepare_data.py fineweb-edu --out_dir="),
+    ("mine", "run: python prepare_data.py stdlib --out_dir="),
+])  # fmt: skip
+def test_missing_folder_prints_the_command(tmp_path, name, command):
+    with pytest.raises(FileNotFoundError) as error:
+        ShardReader(tmp_path / name, "train", 8)
+    assert command + str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_split(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no val shards in"):
+        ShardReader(shards(tmp_path, np.arange(99)), "val", 8)
+
+
+def test_files_of_modded_nanogpt_as_they_are(tmp_path):
+    shards(tmp_path, np.arange(99), np.arange(50), prefix="fineweb_", meta=False)
+    shards(tmp_path, np.arange(30), prefix="fineweb_", split="val", meta=False)
+    assert load_meta(tmp_path) == {"tokenizer": "gpt2", "vocab_size": 50257}
+    assert ShardReader(tmp_path, "train", 7).n_tokens == 149 and ShardReader(tmp_path, "val", 7).n_tokens == 30
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"tokenizer": "bytes"}', '{"tokenizer": "bytes", "vocab_size": "x"}', "\xff"]
+)
+def test_damaged_meta(tmp_path, content):
+    write(shards(tmp_path, np.arange(99)) / "meta.json", content)
+    with pytest.raises(ValueError, match=r"meta\.json: damaged .* run: python prepare_data\.py"):
+        load_meta(tmp_path)
+
+
+# ---- 4. sources
+
+FORMATS = [  # file name, its content, options
+    ("a.jsonl", jsonl(DOCUMENTS), {}),
+    ("a.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS)), {}),
+    ("two_frames.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS[:99])) + zstandard.compress(jsonl(DOCUMENTS[99:])), {}),
+    ("no_last_newline.jsonl", jsonl(DOCUMENTS).rstrip(), {}),
+    ("a.parquet", parquet(DOCUMENTS), {}),
+    ("groups.parquet", parquet(DOCUMENTS, row_group_size=7, compression="zstd"), {}),
+    ("key.jsonl", jsonl(DOCUMENTS, key="content"), {"text_key": "content"}),
+    ("key.parquet", parquet(DOCUMENTS, key="content"), {"text_key": "content"}),
+]
+
+
+@pytest.mark.parametrize("name, content, options", FORMATS, ids=[case[0] for case in FORMATS])
+def test_formats_hold_the_same_documents(tmp_path, name, content, options):
+    """Every document once, byte for byte, in order within its split, behind an end-of-text token."""
+    meta = make(write(tmp_path / name, content), tmp_path / "out", **options)
+    tokenizer = get_tokenizer("bytes")
+    train, val = (documents_of(tmp_path / "out", split, tokenizer) for split in ("train", "val"))
+    held_out = [text for text in DOCUMENTS if prepare_data.is_validation(text, 0.05)]
+    assert val == held_out and train == [text for text in DOCUMENTS if text not in held_out] and 5 < len(val) < 40
+    assert meta["documents"] == len(DOCUMENTS) and (meta["tokenizer"], meta["vocab_size"]) == ("bytes", 257)
+    assert (meta["train_tokens"], meta["val_tokens"]) == tuple(len(tokens_of(tmp_path / "out", s)) for s in ("train", "val"))
+    for file, shard in meta["shards"].items():
+        assert hashlib.sha256((tmp_path / "out" / file).read_bytes()).hexdigest() == shard["sha256"]
+
+
+def test_folder_of_text_files(tmp_path):
+    for i in range(50):
+        write(tmp_path / "in" / f"{i % 3}" / f"{i:02d}.{'md' if i % 2 else 'txt'}", f"file {i}\r\nmit Umlaut: ü\n")
+    write(tmp_path / "in" / "picture.png", b"\x89PNG")  # what is no text is passed over
+    write(tmp_path / "in" / "empty.txt", b"")
+    meta = make(tmp_path / "in", tmp_path / "out", val_fraction=0.3)
+    texts = [t for split in ("train", "val") for t in documents_of(tmp_path / "out", split, get_tokenizer("bytes"))]
+    assert sorted(texts) == sorted(f"file {i}\r\nmit Umlaut: ü\n" for i in range(50)) and meta["documents"] == 50
+
+
+def test_long_file_is_cut_at_line_ends(tmp_path):
+    lines = [f"line {i} ü\n" for i in range(150_000)]
+    make(write(tmp_path / "long.txt", "".join(lines)), tmp_path / "out", val_fraction=0.5)
+    texts = [t for split in ("train", "val") for t in documents_of(tmp_path / "out", split, get_tokenizer("bytes"))]
+    assert len(texts) == 2 and all(text.endswith("\n") for text in texts)
+    assert collections.Counter("".join(texts).splitlines()) == collections.Counter(line[:-1] for line in lines)
+
+
+BAD_SOURCES = [  # file name, content, what the line says
+    ("latin.txt", "naïve".encode("latin-1"), r"latin\.txt: not UTF-8"),
+    ("latin.jsonl", '{"text": "naïve"}'.encode("latin-1"), r"latin\.jsonl: line 1: not JSON in UTF-8"),
+    ("half.jsonl", jsonl(["a", "b"]) + b'{"text": "c', r"half\.jsonl: line 3: not JSON"),
+    ("key.jsonl", jsonl(["a"]) + b"\n" + jsonl(["b"], key="content"), r"key\.jsonl: line 3: no text under 'text' \(--text_key\)"),
+    ("list.jsonl", b'["text"]\n', r"list\.jsonl: line 1: no text under 'text'"),
+    ("number.jsonl", b'{"text": 3}\n', r"number\.jsonl: line 1: no text under 'text'"),
+    ("deep.jsonl", b"[" * 100_000 + b"\n", r"deep\.jsonl: line 1: not JSON"),
+    ("key.parquet", parquet(["a"], key="content"), r"key\.parquet: no column 'text' \(--text_key\) among id, content"),
+    ("number.parquet", parquet([1, 2]), r"number\.parquet: the column 'text' holds int64"),
+    ("cut.parquet", parquet(DOCUMENTS)[:-100], r"cut\.parquet: "),
+    ("cut.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS))[:-100], r"cut\.jsonl\.zst: .*[Tt]runcated"),
+    ("other.jsonl.zst", b"no zstd here", r"other\.jsonl\.zst: "),
+    ("other.parquet", b"no parquet here", r"other\.parquet: "),
+    ("empty.txt", b"", "no text"),
+    ("empty.jsonl", b"", "no text"),
+    ("blank.jsonl", jsonl(["", "", ""]) + b"\n\n", "no text"),
+    ("empty.parquet", parquet(["", None]), "no text"),
+    ("picture.png", b"\x89PNG", "holds no text; what can be read is"),
+]
+
+
+@pytest.mark.parametrize("name, content, line", BAD_SOURCES, ids=[case[0] for case in BAD_SOURCES])
+def test_bad_source(tmp_path, name, content, line):
+    with pytest.raises(ValueError, match=line) as error:
+        make(write(tmp_path / name, content), tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_empty_folder_and_missing_path(tmp_path):
+    with pytest.raises(ValueError, match="holds no text"):
+        make(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no source '.*nowhere\.txt': stdlib, packages, fineweb"):
+        make(tmp_path / "nowhere.txt", tmp_path / "out")
+
+
+def python_tree(root):
+    """A library like Python's own, with what must be left out."""
+    for i in range(30):
+        write(root / f"module{i:02d}.py", f"def f{i}():\n    return {i}\n")
+    for folder in ("test", "tests", "idlelib/idle_test", "site-packages", "unittest/test"):
+        write(root / folder / "left_out.py", "SECRET = 1\n")
+    write(root / "old.py", "# -*- coding: latin-1 -*-\n# naïve\n".encode("latin-1"))  # passed over, not an error
+    write(root / "data.txt", "SECRET")
+
+
+@pytest.mark.parametrize("source", ["stdlib", "packages"])
+def test_python_sources(tmp_path, monkeypatch, source):
+    python_tree(tmp_path / "lib")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {prepare_data.PYTHON_SOURCES[source]: str(tmp_path / "lib")})
+    before = {str(path): path.read_bytes() for path in (tmp_path / "lib").rglob("*.*")}
+    meta = make(source, tmp_path / "out", val_fraction=0.2)
+    texts = [t for split in ("train", "val") for t in documents_of(tmp_path / "out", split, get_tokenizer("bytes"))]
+    assert sorted(texts) == sorted(f"def f{i}():\n    return {i}\n" for i in range(30)) and meta["documents"] == 30
+    assert texts != sorted(texts)  # shuffled
+    make(source, tmp_path / "again", val_fraction=0.2)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")  # the same bytes, meta.json included
+    assert before == {str(path): path.read_bytes() for path in (tmp_path / "lib").rglob("*.*")}  # sources are only read
+
+
+def test_stdlib_for_real(tmp_path):
+    done = run_script("stdlib", f"--out_dir={tmp_path / 'stdlib'}", "--max_tokens=3e6", check=0)
+    assert "train on them: python train.py --dataset=" in done.stdout
+    assert sorted(snapshot(tmp_path / "stdlib")) == ["meta.json", "train_000000.bin", "val_000000.bin"]
+    assert load_meta(tmp_path / "stdlib")["train_tokens"] == 3_000_000
+    assert b"import" in get_tokenizer("bytes").decode_bytes(tokens_of(tmp_path / "stdlib", "train")[:100_000].tolist())
+    assert Path(os.__file__).is_file() and Path(json.__file__).is_file()  # a library is read, never moved
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=40), st.floats(0.01, 0.99))
+def test_validation_by_hash(text, fraction):
+    """A document's split depends on its text alone, and a larger share only adds documents."""
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    assert prepare_data.is_validation(text, fraction) == (struct.unpack("<Q", digest)[0] / 2**64 < fraction)
+
+
+def test_copies_of_a_held_out_document_are_never_trained_on(tmp_path):
+    documents = DOCUMENTS * 2
+    make(write(tmp_path / "a.jsonl", jsonl(documents)), tmp_path / "out")
+    train, val = (set(documents_of(tmp_path / "out", split, get_tokenizer("bytes"))) for split in ("train", "val"))
+    assert val and not train & val
+
+
+# ---- 5. preparation
+
+
+def test_workers_change_nothing(tmp_path, gpt2):
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 20))
+    for workers in (1, 2):
+        make(source, tmp_path / f"out{workers}", tokenizer="gpt2", workers=workers, shard_tokens=50_000)
+    assert snapshot(tmp_path / "out1") == snapshot(tmp_path / "out2")
+    assert documents_of(tmp_path / "out1", "val", gpt2) == [t for t in DOCUMENTS * 20 if prepare_data.is_validation(t, 0.05)]
+
+
+def test_shards_are_cut_exactly(tmp_path):
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+    make(source, tmp_path / "one")
+    meta = make(source, tmp_path / "many", shard_tokens=10_000)
+    sizes = [shard["tokens"] for name, shard in meta["shards"].items() if name.startswith("train")]
+    assert set(sizes[:-1]) == {10_000} and 0 < sizes[-1] <= 10_000 and len(sizes) > 10
+    for split in ("train", "val"):
+        assert np.array_equal(tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "many", split))
+    assert ShardReader(tmp_path / "many", "train", 64).n_tokens == ShardReader(tmp_path / "one", "train", 64).n_tokens
+
+
+def test_parts_are_numbered_on(tmp_path, monkeypatch):
+    """Several parts: shards with consecutive numbers, and the same tokens as in one part."""
+    for i in range(4):
+        write(tmp_path / "in" / f"{i}.jsonl", jsonl(DOCUMENTS[i::4]))
+    make(tmp_path / "in", tmp_path / "one")
+    monkeypatch.setattr(prepare_data, "PART", 1000)
+    meta = make(tmp_path / "in", tmp_path / "four")
+    assert [name for name in meta["shards"] if "train" in name] == [f"train_{i:06d}.bin" for i in range(4)]
+    for split in ("train", "val"):
+        assert np.array_equal(tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "four", split))
+    assert meta["documents"] == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 12_345, 10**9])
+def test_max_tokens(tmp_path, limit):
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+    make(source, tmp_path / "all")
+    meta = make(source, tmp_path / "some", max_tokens=limit)
+    everything = tokens_of(tmp_path / "all", "train")
+    assert np.array_equal(tokens_of(tmp_path / "some", "train"), everything[:limit])
+    assert meta["train_tokens"] == min(limit, len(everything))
+
+
+@pytest.mark.parametrize("text", ["hello world, one document only", "0123456789" * 100, "trap"])
+def test_single_document_fills_both_splits(tmp_path, text):
+    """Whichever split its hash chooses, the other one gets a piece; no token is lost."""
+    for fraction in (0.1, 0.9):
+        meta = make(write(tmp_path / "a.txt", text), tmp_path / f"out{fraction}", val_fraction=fraction)
+        splits = [tokens_of(tmp_path / f"out{fraction}", split) for split in ("train", "val")]
+        assert sum(map(len, splits)) == len(text) + 1 and min(map(len, splits)) >= 1
+        assert meta["train_tokens"] == len(splits[0]) and abs(len(splits[1]) - fraction * len(text)) < 2
+
+
+def test_done_is_verified_not_repeated(tmp_path):
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+    first, before = make(source, tmp_path / "out"), snapshot(tmp_path / "out")
+    inode = (tmp_path / "out" / "train_000000.bin").stat().st_ino
+    assert make(source, tmp_path / "out") == first and (tmp_path / "out" / "train_000000.bin").stat().st_ino == inode
+    with pytest.raises(ValueError, match="other settings: --overwrite"):
+        make(source, tmp_path / "out", shard_tokens=99)
+    assert snapshot(tmp_path / "out") == before
+    write(tmp_path / "out" / "val_000000.bin", before["val_000000.bin"][:-1] + b"x")  # a bit that has flipped
+    with pytest.raises(ValueError, match="checksum"):
+        make(source, tmp_path / "out")
+    make(source, tmp_path / "out", overwrite=True)
+    assert snapshot(tmp_path / "out") == before
+    write(tmp_path / "out" / "meta.json", "{")
+    make(source, tmp_path / "out", overwrite=True)  # and out of any damage
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_overwrite_leaves_no_shard_of_before(tmp_path):
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+    make(source, tmp_path / "out", shard_tokens=10_000)
+    make(source, tmp_path / "out", overwrite=True)
+    assert sorted(snapshot(tmp_path / "out")) == ["meta.json", "train_000000.bin", "val_000000.bin"]
+
+
+@pytest.mark.parametrize("files", [["a.txt"], ["meta.json", "a.txt"], ["meta.json", "model.bin"], ["train_000000.bin"]])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_foreign_folder_is_left_alone(tmp_path, files, overwrite):
+    for name in files:
+        write(tmp_path / "out" / name, "precious")
+    with pytest.raises(ValueError, match="holds files that are not ours"):
+        make(write(tmp_path / "a.txt", "hello"), tmp_path / "out", overwrite=overwrite)
+    assert set(snapshot(tmp_path / "out").values()) == {b"precious"} and len(snapshot(tmp_path / "out")) == len(files)
+
+
+def test_default_names(tmp_path, monkeypatch, gpt2):
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "notes.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS)))
+    assert str(prepare([source], DataConfig())[0]) == "data/notes"
+    assert str(prepare([source], DataConfig(tokenizer="gpt2"))[0]) == "data/notes_gpt2"
+    assert sorted(path.name for path in Path("data").iterdir()) == ["notes", "notes_gpt2"]
+
+
+def start_and_kill(arguments, when, how=signal.SIGKILL, **env):
+    """Start the script, kill it as soon as when() holds. -> its exit code"""
+    process = run_script(*arguments, wait=False, **env)
+    deadline = time.monotonic() + 60
+    while not when() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(how)
+    process.communicate(timeout=30)
+    return process.returncode
+
+
+def test_kill_leaves_nothing_that_looks_whole(tmp_path):
+    """Killed with -9 among shards: no folder, an error that says so, and afterwards the same bytes as undisturbed."""
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 60))
+    make(source, tmp_path / "calm", shard_tokens=100_000)
+    out, work = tmp_path / "out", tmp_path / "out.unfinished"
+    arguments = [source, f"--out_dir={out}", "--shard_tokens=1e5"]
+    assert start_and_kill([*arguments, "--workers=2"], lambda: len(list(work.glob("train_*.bin"))) > 1) == -9
+    assert not out.exists() and work.is_dir()
+    with pytest.raises(FileNotFoundError, match=r"has not finished, run: python prepare_data\.py"):
+        ShardReader(out, "train", 8)
+    run_script(*arguments, check=0)
+    assert not work.exists() and sorted(snapshot(out)) == sorted(snapshot(tmp_path / "calm"))
+    for name, data in snapshot(out).items():
+        assert name == "meta.json" or data == (tmp_path / "calm" / name).read_bytes()
+
+
+def test_finished_parts_are_kept(tmp_path, monkeypatch):
+    """A failure in the third file: the first two are not done again, and a part whose file changed is."""
+    for i in range(4):
+        write(tmp_path / "in" / f"{i}.jsonl", jsonl(DOCUMENTS[i::4]))
+    monkeypatch.setattr(prepare_data, "PART", 1000)
+    make(tmp_path / "in", tmp_path / "calm")
+    good = (tmp_path / "in" / "2.jsonl").read_bytes()
+    write(tmp_path / "in" / "2.jsonl", good + b"{broken\n")
+    with pytest.raises(ValueError, match="line 81: not JSON"):
+        make(tmp_path / "in", tmp_path / "out")
+    work = tmp_path / "out.unfinished"
+    kept = {name: (work / name).stat().st_mtime_ns for name in ("train_000000.bin", "train_000001.bin")}
+    write(tmp_path / "in" / "2.jsonl", good)
+    make(tmp_path / "in", tmp_path / "out")
+    assert kept == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept}
+    calm, out = snapshot(tmp_path / "calm"), snapshot(tmp_path / "out")
+    assert out == calm
+
+
+@pytest.mark.parametrize("damage", ["shard gone", "shard cut", "input changed", "state garbage", "state of others"])
+def test_resume_distrusts(tmp_path, monkeypatch, damage):
+    """Whatever happened to the unfinished folder, the result is that of an undisturbed run."""
+    for i in range(3):
+        write(tmp_path / "in" / f"{i}.jsonl", jsonl(DOCUMENTS[i::3]))
+    monkeypatch.setattr(prepare_data, "PART", 1000)
+    monkeypatch.setattr(prepare_data.Preparation, "finish", lambda *_: None)  # all parts done, then killed
+    make(tmp_path / "in", tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare_data, "PART", 1000)
+    work = tmp_path / "out.unfinished"
+    if damage == "shard gone":
+        (work / "train_000001.bin").unlink()
+    elif damage == "shard cut":
+        write(work / "train_000001.bin", (work / "train_000001.bin").read_bytes()[:-2])
+    elif damage == "input changed":
+        write(tmp_path / "in" / "1.jsonl", jsonl([*DOCUMENTS[1::3], "one more"]))
+    elif damage == "state garbage":
+        write(work / "state.json", "{")
+    else:
+        make(tmp_path / "in", tmp_path / "out", shard_tokens=5000)  # another run's shards stand in the way
+    if damage != "state of others":
+        make(tmp_path / "in", tmp_path / "out")
+    make(tmp_path / "in", tmp_path / "calm", shard_tokens=5000 if damage == "state of others" else 100_000_000)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm") and not work.exists()
+
+
+def test_workers_end_with_their_parent(tmp_path, gpt2):
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 200))
+    before = set(Path("/proc").glob("[0-9]*"))
+    arguments = [source, f"--out_dir={tmp_path / 'out'}", "--tokenizer=gpt2", "--workers=2", "--shard_tokens=1e4"]
+    start_and_kill(arguments, lambda: list(tmp_path.glob("out.unfinished/*.bin")))
+    deadline = time.monotonic() + 20
+    ours = lambda: [p for p in set(Path("/proc").glob("[0-9]*")) - before if spawned(p)]
+    while ours() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not ours()
+
+
+def spawned(process):
+    try:
+        return b"multiprocessing.spawn" in (process / "cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def test_interrupt_is_one_line(tmp_path):
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 200))
+    process = run_script(source, f"--out_dir={tmp_path / 'out'}", "--workers=2", "--shard_tokens=1e5", wait=False)
+    while not list(tmp_path.glob("out.unfinished/*.bin")) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err and "interrupted; the same command goes on from here" in err and process.returncode == 2
+
+
+def test_full_disk_is_one_line(tmp_path):
+    """A limit on the size of files stands in for the full disk: no traceback, no folder, and the next run succeeds."""
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 10))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))"
+    command = [
+        sys.executable,
+        "-c",
+        f"{limit}; import prepare_data; prepare_data.main()",
+        source,
+        f"--out_dir={tmp_path / 'out'}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "error: [Errno 27] File too large" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    make(source, tmp_path / "out")
+
+
+def test_missing_extra_is_one_line(tmp_path):
+    write(tmp_path / "fake" / "pyarrow.py", "raise ImportError")
+    source = write(tmp_path / "a.parquet", parquet(["a"]))
+    done = run_script(source, f"--out_dir={tmp_path / 'out'}", check=2, PYTHONPATH=str(tmp_path / "fake"))
+    assert 'pyarrow is not installed: pip install pyarrow, or pip install "nanoexperts[data]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments, line", [
+    ([], "name a source: stdlib, packages, fineweb"),
+    (["stdlbi"], "no source 'stdlbi'"),
+    (["stdlib", "--max_tokns=3"], "did you mean --max_tokens?"),
+    (["stdlib", "--val_fraction=1"], "must lie between 0 and 1"),
+    (["stdlib", "--max_tokens=0"], "at least 1"),
+    (["stdlib", "--shard_tokens=3e9"], "int32"),
+    (["stdlib", "--tokenizer=gpt5"], "no tokenizer 'gpt5'"),
+    (["pretokenized", "--tokenizer=bytes"], "pretokenized is GPT-2's tokens"),
+])  # fmt: skip
+def test_mistakes(monkeypatch, capsys, tmp_path, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and line in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+    assert make(source, tmp_path / "out", dry_run=True, max_tokens=1000) is None
+    out = capsys.readouterr().out
+    assert "1 files of" in out and "--max_tokens=1000 needs" in out and "tokenize" in out and "write     2.00kB" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+# ---- 6. the hub: the real huggingface_hub against a server on this machine
+
+
+def fineweb(n=3):
+    return {f"sample/10BT/{i:03d}_00000.parquet": parquet(DOCUMENTS[i::n], row_group_size=50) for i in range(n)}
+
+
+def downloads(hub):
+    """Files of which anything was sent."""
+    return [path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+
+
+def test_fineweb(tmp_path, gpt2):
+    files = fineweb() | {"sample/100BT/000_00000.parquet": b"not asked for", "README.md": b"#"}
+    with HubServer(files) as hub:
+        done = run_script("fineweb", f"--out_dir={tmp_path / 'out'}", "--workers=1", "--val_fraction=0.05", check=0, **hub.env)
+        assert sorted(downloads(hub)) == [f"{i:03d}_00000.parquet" for i in range(3)]
+    order = [text for i in range(3) for text in DOCUMENTS[i::3]]
+    held_out = [text for text in order if prepare_data.is_validation(text, 0.05)]
+    assert documents_of(tmp_path / "out", "val", gpt2) == held_out
+    assert documents_of(tmp_path / "out", "train", gpt2) == [text for text in order if text not in held_out]
+    meta = load_meta(tmp_path / "out")
+    assert (meta["tokenizer"], meta["source"], meta["documents"]) == ("gpt2", "fineweb", len(DOCUMENTS))
+    assert all(path.suffix in (".bin", ".json") for path in (tmp_path / "out").iterdir())  # no raw file stays
+    assert "train on them" in done.stdout and not (tmp_path / "out.unfinished").exists()
+
+
+def test_pile_and_max_tokens(tmp_path):
+    files = {f"train/{i:02d}.jsonl.zst": zstandard.compress(jsonl(DOCUMENTS[i::4])) for i in range(4)}
+    files |= {"val.jsonl.zst": b"not asked for", "test.jsonl.zst": b"nor this"}
+    with HubServer(files) as hub:
+        run_script("pile", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", "--val_fraction=0.05", "--max_tokens=60000",
+                   check=0, **hub.env)  # fmt: skip
+        assert "03.jsonl.zst" not in downloads(hub)
+    make(write(tmp_path / "local.jsonl", jsonl([t for i in range(4) for t in DOCUMENTS[i::4]])), tmp_path / "local")
+    assert np.array_equal(tokens_of(tmp_path / "out", "train"), tokens_of(tmp_path / "local", "train")[:60_000])
+
+
+def pretokenized():
+    rng = np.random.default_rng(0)
+    shard = lambda n: header(count=n) + rng.integers(0, 50257, n).astype("<u2").tobytes()
+    return {f"fineweb_{split}_{i:06d}.bin": shard(5000) for split, i in [("train", 1), ("train", 2), ("train", 3), ("val", 0)]}
+
+
+def test_pretokenized(tmp_path, gpt2):
+    files = pretokenized()
+    with HubServer(files | {"README.md": b"#"}) as hub:
+        run_script("pretokenized", f"--out_dir={tmp_path / 'all'}", check=0, **hub.env)
+        run_script("pretokenized", f"--out_dir={tmp_path / 'some'}", "--max_tokens=10000", check=0, **hub.env)
+    got = snapshot(tmp_path / "all")
+    assert {name: data for name, data in got.items() if name != "meta.json"} == files
+    assert snapshot(tmp_path / "some").keys() == files.keys() - {"fineweb_train_000003.bin"} | {"meta.json"}
+    reader = ShardReader(tmp_path / "all", "train", 64, load_meta(tmp_path / "all")["vocab_size"])
+    assert reader.n_tokens == 15000 and load_meta(tmp_path / "all")["val_tokens"] == 5000
+    assert reader.batch(0, 5).shape == (5, 65)
+
+
+def test_pretokenized_of_another_format_is_refused(tmp_path):
+    with HubServer(pretokenized() | {"fineweb_train_000002.bin": b"x" * 5000}) as hub:
+        done = run_script("pretokenized", f"--out_dir={tmp_path / 'out'}", check=2, TIKTOKEN_CACHE_DIR=gpt2_cache(), **hub.env)
+    assert "fineweb_train_000002.bin: not a token shard" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_kill_during_a_download(tmp_path):
+    """Killed while the third file arrives: the files that are done are not asked for again; the result is the same."""
+    files = fineweb()
+    arguments = ["fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", "--val_fraction=0.05"]
+    with HubServer(files) as hub:
+        run_script("fineweb", f"--out_dir={tmp_path / 'calm'}", "--tokenizer=bytes", "--val_fraction=0.05", check=0, **hub.env)
+    with HubServer(files, stall="002_00000.parquet") as hub:
+        state = tmp_path / "out.unfinished" / "state.json"
+        two_done = lambda: state.is_file() and len(json.loads(state.read_bytes())["parts"]) == 2
+        assert start_and_kill(arguments, two_done, **hub.env) == -9
+    with HubServer(files) as hub:
+        run_script(*arguments, check=0, **hub.env)
+        assert downloads(hub) == ["002_00000.parquet"]
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm")
+
+
+def test_damaged_download_is_refused(tmp_path):
+    files = fineweb()
+    with HubServer(files, damage="001_00000.parquet") as hub:
+        done = run_script("fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", check=2, **hub.env)
+        assert "001_00000.parquet" in done.stderr and "run the same command again" in done.stderr
+        hub.damage = ""
+        run_script("fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", check=0, **hub.env)
+        assert downloads(hub).count("000_00000.parquet") == 1
+    assert load_meta(tmp_path / "out")["documents"] == len(DOCUMENTS)
+
+
+def test_offline_is_one_line(tmp_path):
+    done = run_script("fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", check=2, HF_HUB_OFFLINE="1")
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert "cannot reach HuggingFaceFW/fineweb on" in done.stderr and "python prepare_data.py stdlib" in done.stderr
+
+
+def test_hub_dry_run(tmp_path):
+    with HubServer(fineweb()) as hub:
+        done = run_script("fineweb", "--tokenizer=bytes", "--dry_run", f"--out_dir={tmp_path / 'out'}", check=0, **hub.env)
+        assert not downloads(hub)
+    assert done.stdout.startswith("3 files of") and "download" in done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_soak_of_kills(tmp_path, gpt2):
+    """Killed with -9 at 12 random moments, in downloads, in workers, between shards: the same bytes in the end."""
+    files, rng = fineweb(6), np.random.default_rng(0)
+    arguments = ["--workers=2", "--shard_tokens=20000", "--val_fraction=0.05"]
+    with HubServer(files, seconds_per_chunk=0.05) as hub:
+        run_script("fineweb", f"--out_dir={tmp_path / 'calm'}", *arguments, check=0, **hub.env)
+        for delay in rng.uniform(0.5, 5, 12):
+            process = run_script("fineweb", f"--out_dir={tmp_path / 'out'}", *arguments, wait=False, **hub.env)
+            time.sleep(delay)
+            process.kill()
+            process.communicate()
+        run_script("fineweb", f"--out_dir={tmp_path / 'out'}", *arguments, check=0, **hub.env)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm")
