@@ -13,6 +13,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,14 @@ def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU at hand; None where it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def newest_run(folder="out"):
+    """The folder of the newest checkpoint somewhere in `folder`."""
+    found = sorted(Path(folder).glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"no checkpoint under {folder}/: train one with  python train.py, or name a folder by --out_dir")
+    return found[-1].parent
 
 
 # ---- ranks, and how a run ends before its time

@@ -283,8 +283,9 @@ def save(run, step, seconds, val_loss):
     c, problem = run.config, None
     model, optimizer = gather_state(run.model, run.optimizer, run.ranks)
     if run.ranks.rank == 0:
-        state = {"model": model, "model_config": asdict(run.model_config), "train_config": asdict(c), "tokenizer": run.tokenizer,
-                 "step": step, "optimizer": optimizer, "scaler": run.scaler.state_dict(), "seconds": seconds, "val_loss": val_loss}
+        state = {"step": step, "seconds": seconds, "val_loss": val_loss, "model": model, "optimizer": optimizer,
+                 "scaler": run.scaler.state_dict(), "tokenizer": run.tokenizer, "model_config": asdict(run.model_config),
+                 "train_config": asdict(c)}
         try:
             write_atomically(Path(c.out_dir, "ckpt.pt"), lambda f: torch.save(state, f))
         except (OSError, RuntimeError) as error:  # torch hides a full disk in a RuntimeError
@@ -313,15 +314,17 @@ def write_atomically(path, write):
 
 def open_folder(model_config, config, step):
     """Make out_dir ready for the steps after `step`: nothing of an older run may be taken for this one's. -> settings"""
-    folder = Path(config.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.init_from == "resume":
-        trim_log(folder / "log.csv", step)
-    else:
-        for name in ("ckpt.pt", "log.csv", "loss.png"):
-            (folder / name).unlink(missing_ok=True)
-    settings = {"model": asdict(model_config), "train": asdict(config)}
-    write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    folder, settings = Path(config.out_dir), {"model": asdict(model_config), "train": asdict(config)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode()))
+        if config.init_from == "resume":
+            trim_log(folder / "log.csv", step)
+        else:
+            for name in ("ckpt.pt", "log.csv", "loss.png"):
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"out_dir={folder} cannot be written: {error.strerror}") from error
     return settings
 
 
@@ -415,8 +418,8 @@ def describe(run, start):
              f"step     {c.batch_tokens} tokens = {c.micro_batch} sequences x {m.block_size} x {ranks.size} ranks x "
              f"{run.accumulation} micro-steps",
              f"device   {ranks.device.type} ({machine}), shard={c.shard}",
-             f"dtype    {str(run.dtype)[6:]}: {run.dtype_reason}",
-             f"compile  {run.compiled}: {run.compile_reason}"]
+             f"dtype    {str(run.dtype)[6:]} ({run.dtype_reason})",
+             f"compile  {'yes' if run.compiled else 'no'} ({run.compile_reason})"]
     if c.init_from != "scratch":
         lines.append(f"start    {c.init_from}" + (f", after step {start['step']}" if c.init_from == "resume" else ""))
     if c.init_from == "resume":
@@ -430,8 +433,9 @@ def summary(run, result):
     out, loss = run.config.out_dir, result["val_loss"]
     unit = f"nats per byte ({loss / math.log(2):.3f} bits)" if run.tokenizer == "bytes" else "nats per token"
     gpu = torch.cuda.max_memory_allocated(run.ranks.device) if run.ranks.device.type == "cuda" else 0
-    return "\n".join([f"finished {result['step']} steps, {amount(result['tokens'])} tokens in {span(result['seconds'])}: "
-                      f"{amount(result['tokens'] / result['seconds'])} tokens/s, validations included" + (f", {gpu / 1e9:.1f} GB" if gpu else ""),
+    return "\n".join([f"finished {result['step']} steps, {amount(result['tokens'])} tokens in {span(result['seconds'])}",
+                      f"speed    {amount(result['tokens'] / result['seconds'])} tokens/s, validations and checkpoints included"
+                      + (f"; {gpu / 1e9:.1f} GB of GPU memory at most" if gpu else ""),
                       f"loss     validation {loss:.4f} {unit}, training {result['train_loss']:.4f}",
                       f"files    {out}/: ckpt.pt, config.json, log.csv{', loss.png' if draw_loss(out) else ''}",
                       f"next     python sample.py --out_dir={out}"])
@@ -441,17 +445,19 @@ def plan(m, c):
     """What a run would take, without running it -> text. m: ModelConfig, c: TrainConfig."""
     n = int(c.plan) if c.plan is not True else int(os.environ.get("WORLD_SIZE", 1))
     micro_steps, flops, device = accumulation_steps(c, m.block_size, n), flops_per_token(m), pick_device(c.device)
-    known = peak_flops(device)
-    gpu, peak = (torch.cuda.get_device_name(device), known) if known else ("H100 (none here)", PEAK_FLOPS["H100"])
+    gpu, peak = "H100 (none here)", PEAK_FLOPS["H100"]
+    if peak_flops(device):
+        gpu, peak = torch.cuda.get_device_name(device), peak_flops(device)
     try:
-        epoch = f"{ShardReader(c.dataset, 'train', m.block_size).n_windows * m.block_size / c.batch_tokens:,.1f} steps of {c.dataset}"
+        windows = ShardReader(c.dataset, "train", m.block_size).n_windows
+        epoch = f"{windows * m.block_size / c.batch_tokens:,.1f} steps, all of {c.dataset}"
     except (OSError, ValueError) as error:
         epoch = f"unknown: {error}"
     tokens, memory = c.max_steps * c.batch_tokens, memory_per_rank(m, c, n)
     return "\n".join([f"model    {m.arch} {m.flavour}, {m.n_layer} layers, width {m.d_model}",
                       f"weights  {amount(m.n_params())} stored, {amount(m.n_active_params())} active per token",
-                      f"step     {c.batch_tokens:,} tokens = {c.micro_batch} sequences x {m.block_size} x {n} ranks x {micro_steps} micro-steps",
-                      f"run      {c.max_steps:,} steps, {amount(tokens)} tokens",
+                      f"step     {c.batch_tokens} tokens = {c.micro_batch} sequences x {m.block_size} x {n} ranks x {micro_steps}",
+                      f"run      {c.max_steps} steps, {amount(tokens)} tokens",
                       f"epoch    {epoch}",
                       f"memory   {sum(memory.values()) / 1e9:.2f} GB a rank with shard={c.shard}, recompute={c.recompute}: "
                       + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()),
@@ -495,7 +501,7 @@ def load_start(config):
 
 def check_start(model_config, config, start):
     """Refuse to overwrite a checkpoint by accident, and to go on from one of another model or tokenizer."""
-    path, tokenizer = Path(config.out_dir, "ckpt.pt"), load_meta(config.dataset)["tokenizer"]
+    path, meta = Path(config.out_dir, "ckpt.pt"), load_meta(config.dataset)
     if config.init_from != "resume" and path.exists() and not config.overwrite:
         raise ValueError(f"{path} exists: --init_from=resume goes on, --overwrite starts anew, --out_dir=... goes elsewhere")
     if config.init_from == "resume":
@@ -503,8 +509,11 @@ def check_start(model_config, config, start):
         other = [f"{k} is {theirs.get(k)} there, {v} here" for k, v in asdict(model_config).items() if theirs.get(k) != v]
         if other:
             raise ValueError(f"{path} holds another model: {'; '.join(other)}")
-    if start is not None and start.get("tokenizer", tokenizer) != tokenizer:
-        raise ValueError(f"init_from={config.init_from} reads {start['tokenizer']} tokens, and {config.dataset} holds {tokenizer}")
+    tokenizer = (start or {}).get("tokenizer", meta["tokenizer"])
+    if tokenizer != meta["tokenizer"]:
+        raise ValueError(f"init_from={config.init_from} reads {tokenizer} tokens, and {config.dataset} holds {meta['tokenizer']}")
+    if model_config.vocab_size < meta["vocab_size"]:
+        raise ValueError(f"vocab_size={model_config.vocab_size} is less than the {meta['vocab_size']} of {config.dataset}")
 
 
 def train(model_config, config, start=None):
@@ -596,8 +605,8 @@ def settings(parsed):
     config, given, model_fields = parsed.make(TrainConfig), dict(parsed.given), {f.name for f in fields(ModelConfig)}
     start = load_start(config)
     if start is None:
-        if "vocab_size" not in given and not config.plan:
-            parsed.given["vocab_size"] = load_meta(config.dataset)["vocab_size"]
+        with contextlib.suppress(FileNotFoundError) if config.plan else contextlib.nullcontext():
+            parsed.given.setdefault("vocab_size", load_meta(config.dataset)["vocab_size"])
         return parsed.make(ModelConfig), config, None
     model_config = ModelConfig(**(start["model_config"] | {k: v for k, v in given.items() if k in model_fields}))
     if config.init_from == "resume":
@@ -612,7 +621,8 @@ def main():
     try:
         model_config, config, start = settings(parsed)
         if config.plan:
-            print(plan(model_config, config)) if rank == 0 else None
+            if rank == 0:
+                print(plan(model_config, config))
             return
         result = train(model_config, config, start)
     except torch.OutOfMemoryError as error:

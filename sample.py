@@ -1,0 +1,109 @@
+"""Read what a trained model writes: text streams out as it is generated, the speed comes at the end.
+
+    python sample.py                                                  # the newest checkpoint under out/ begins a document
+    python sample.py --out_dir=out/x --prompt="def " --max_new_tokens=200 --seed=1
+    python sample.py --out_dir=out/x --prompt_file=notes.txt --num_samples=3 --temperature=0.7 --top_p=0.9
+    python sample.py --out_dir=out/inf --infmoe_samples=8             # infmoe: another number of samples than in training
+
+Text goes to stdout, all else to stderr. When the text outgrows the model's context (block_size tokens), the older half of
+the context is dropped and generation goes on.
+"""
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configurator import fail, parse
+from machine import newest_run, pick_device
+from model import GPT, load_checkpoint
+from prepare_data import get_tokenizer
+
+
+@dataclass
+class SampleConfig:
+    out_dir: str | None = None  # folder of a checkpoint; None: the newest under out/
+    prompt: str | None = None  # text to continue; None: the model begins a document of its own
+    prompt_file: str | None = None  # file that holds the prompt
+    num_samples: int = 1  # texts, one after another
+    max_new_tokens: int = 300  # per text; end of text ends it before
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int | None = None  # choose among the k likeliest tokens
+    top_p: float | None = None  # choose among the likeliest tokens that together reach this probability
+    seed: int = 1
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    infmoe_samples: int | None = None  # infmoe: samples per token, instead of those of training
+    infmoe_mean: bool | None = None  # infmoe: no noise, z = mu
+
+    def __post_init__(self):
+        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("infmoe_samples", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("prompt and prompt_file are both given: leave one out")
+
+
+def load(config):
+    """-> model in evaluation mode, tokenizer"""
+    folder = config.out_dir or newest_run()
+    tokenizer = get_tokenizer(load_checkpoint(Path(folder, "ckpt.pt"))["tokenizer"])
+    model = GPT.from_checkpoint(folder, pick_device(config.device))
+    if config.infmoe_samples is not None or config.infmoe_mean is not None:
+        model.set_samples(config.infmoe_samples, config.infmoe_mean)
+    if model.wte.weight.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        model = model.to(torch.bfloat16)  # half the bytes to read per token
+    return model, tokenizer
+
+
+def read_prompt(config, tokenizer, block_size):
+    """-> the prompt's token ids"""
+    if config.prompt is None and config.prompt_file is None:
+        return [tokenizer.eot]  # stands before each document
+    text = config.prompt if config.prompt_file is None else Path(config.prompt_file).read_text(encoding="utf-8")
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError("the prompt is empty: give it some text, or leave it out and the model begins a document of its own")
+    if len(ids) > block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens and the model's context {block_size}: shorten the prompt")
+    return ids
+
+
+def stream(model, tokenizer, ids, config, generator):
+    """Print the prompt and its continuation, a character as soon as all of its bytes are there -> number of new tokens."""
+    decoder, count = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
+    prompt = torch.tensor([ids], device=model.wte.weight.device)  # (1, S)
+    print(decoder.decode(b"" if ids == [tokenizer.eot] else tokenizer.decode_bytes(ids)), end="", flush=True)
+    for token in model.generate(prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator):
+        count += 1
+        if token.item() == tokenizer.eot:
+            break
+        print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    return count
+
+
+def main():
+    config = parse(SampleConfig, doc=__doc__).make(SampleConfig)
+    try:
+        model, tokenizer = load(config)
+        ids = read_prompt(config, tokenizer, model.config.block_size)
+        generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
+        count, began = 0, time.perf_counter()
+        for i in range(config.num_samples):
+            if i:
+                print("-" * 80)
+            count += stream(model, tokenizer, ids, config, generator)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"[{count} tokens, {count / (time.perf_counter() - began):.0f} tokens/s]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
