@@ -29,11 +29,12 @@ import random
 import re
 import shutil
 import signal
+import sys
 import sysconfig
 import threading
 import time
 from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -171,7 +172,7 @@ def count_tokens(f):
     return count
 
 
-def shard_size(path):
+def shard_length(path):
     with open(path, "rb") as f:
         return count_tokens(f)
 
@@ -243,7 +244,7 @@ class ShardReader:
         self.paths = shard_paths(folder, split)
         if not self.paths:
             raise FileNotFoundError(f"no {split} shards in {folder}: {making_of(Path(folder))} --overwrite")
-        self.counts = [shard_size(path) for path in self.paths]
+        self.counts = [shard_length(path) for path in self.paths]
         self.windows = np.array([max(0, count - 1) // block_size for count in self.counts])  # (shards,)
         self.n_tokens, self.n_windows = sum(self.counts), int(self.windows.sum())
         if not self.n_windows:
@@ -453,7 +454,7 @@ def tokenize(batch, spec, val_fraction):
     return {split: np.concatenate(arrays) for split, arrays in pieces.items()}, len(texts), progress
 
 
-def ordered_map(pool, function, jobs, ahead):
+def ordered_map(pool, function, jobs, *, ahead):
     """map() on an executor, at most `ahead` jobs in advance: pool.map would read all the input first."""
     pending = deque()
     for job in jobs:
@@ -500,16 +501,19 @@ class Preparation:
     """
 
     def __init__(self, work, settings, plan):
-        """plan: [[File]], the files of each part."""
+        """plan: [[File]], the files of each part. What an earlier run has done with the same settings counts."""
         self.work, self.settings, self.plan, self.parts = work, settings, plan, []
         work.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             state = json.loads((work / "state.json").read_bytes())
             for part, files in zip(state["parts"] if state["settings"] == settings else [], plan):
                 sizes = {work / name: HEADER_BYTES + 2 * shard["tokens"] for name, shard in part["shards"].items()}
                 if part["files"] != [list(f) for f in files] or any(path.stat().st_size != n for path, n in sizes.items()):
                     break  # another file by now, or a shard that is gone
                 self.parts.append(part)
+
+    def left(self):
+        return self.plan[len(self.parts) :]
 
     def shards(self, split):
         return {name: s for part in self.parts for name, s in part["shards"].items() if is_shard(name, split)}
@@ -521,19 +525,18 @@ class Preparation:
         """Training tokens that may still come."""
         return max(0, (self.settings["max_tokens"] or math.inf) - self.tokens("train"))
 
-    def run(self, make, paths, bar):
-        """Do the parts that are left. make: tokenize_part or take_part; paths: their files on disk, as they arrive."""
-        for files in self.plan[len(self.parts) :]:
+    def run(self, make, bar):
+        """Do the parts that are left. make: tokenize_part or take_part."""
+        for files in self.left():
             if not self.room():
                 return
-            shards, documents = make(itertools.islice(paths, len(files)), self, bar)
+            paths = (fetch(file, self.work / "raw") for file in files)
+            shards, documents = make(self, paths, bar)
             self.parts.append({"files": files, "shards": shards, "documents": documents})
             state = {"settings": self.settings, "parts": self.parts}
             atomic_write(self.work / "state.json", json.dumps(state).encode())
             bar.set_postfix_str(f"{self.tokens('train') / 1e6:.1f}M tokens")
-            for file in files:
-                if file.repo:
-                    (self.work / "raw" / file.name).unlink(missing_ok=True)
+            shutil.rmtree(self.work / "raw", ignore_errors=True)
 
     def fill_empty_split(self):
         """One or two documents may all hash into one split: the other gets the end of its last shard."""
@@ -550,48 +553,50 @@ class Preparation:
     def finish(self, out_dir, tokenizer):
         """Write meta.json and give the folder its name. -> meta"""
         self.fill_empty_split()
-        counts = {f"{split}_tokens": self.tokens(split) for split in ("train", "val")}
-        documents = sum(part["documents"] for part in self.parts)
-        shards = self.shards("train") | self.shards("val")
         meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "source": " ".join(self.settings["sources"])}
-        meta |= counts | {"documents": documents, "shards": shards, "settings": self.settings}
-        if not counts["train_tokens"]:
+        meta |= {f"{split}_tokens": self.tokens(split) for split in ("train", "val")}
+        meta["documents"] = sum(part["documents"] for part in self.parts)  # 0: unknown, ready-made shards
+        meta |= {"shards": self.shards("train|val"), "settings": self.settings}
+        if not meta["train_tokens"]:
             raise ValueError(f"{meta['source']}: no text in these files")
         for path in self.work.glob("*.bin"):
-            if path.name not in shards:  # of an earlier run, with other settings
+            if path.name not in meta["shards"]:  # of an earlier run, with other settings
                 path.unlink()
+        shutil.rmtree(self.work / "raw", ignore_errors=True)
         atomic_write(self.work / "meta.json", json.dumps(meta, indent=1).encode())
         for path in out_dir.iterdir() if out_dir.exists() else ():
             if is_ours(path.name):  # anything else stays, and makes the next line an error
                 path.unlink()
         os.replace(self.work, out_dir)
         (out_dir / "state.json").unlink()
-        shutil.rmtree(out_dir / "raw", ignore_errors=True)
         return meta
 
 
-def tokenize_part(paths, preparation, bar, run, text_key):
-    """Tokenize the files of a part. `run` maps tokenize() over batches. -> (shards, number of documents)"""
-    size, room, documents = preparation.settings["shard_tokens"], preparation.room(), 0
-    writers = {s: ShardWriter(preparation.work, s, len(preparation.shards(s)), size) for s in ("train", "val")}
-    for tokens, n, progress in run(batch for path in paths for batch in read_batches(path, text_key)):
+def tokenize_part(preparation, paths, bar, run):
+    """Tokenize the files of a part; `run` maps tokenize() over batches. -> (shards, number of documents)"""
+    settings, room, documents = preparation.settings, preparation.room(), 0
+    train, val = (
+        ShardWriter(preparation.work, split, len(preparation.shards(split)), settings["shard_tokens"])
+        for split in ("train", "val")
+    )
+    for tokens, n, progress in run(batch for path in paths for batch in read_batches(path, settings["text_key"])):
         keep = min(room, len(tokens["train"]))
-        writers["train"].write(tokens["train"][:keep])
-        writers["val"].write(tokens["val"])
+        train.write(tokens["train"][:keep])
+        val.write(tokens["val"])
         room, documents = room - keep, documents + n
         bar.update(progress)
         if not room:
             break
-    for writer in writers.values():
-        writer.flush()
-    return writers["train"].shards | writers["val"].shards, documents
+    train.flush()
+    val.flush()
+    return train.shards | val.shards, documents
 
 
-def take_part(paths, preparation, bar):
-    """Take files that are shards already. -> (shards, number of documents: 0, unknown)"""
+def take_part(preparation, paths, bar):
+    """Take files that are shards already, as they are. -> (shards, number of documents: 0, unknown)"""
     shards = {}
     for path in paths:
-        shards[path.name] = {"tokens": shard_size(path), "sha256": file_sha256(path)}
+        shards[path.name] = {"tokens": shard_length(path), "sha256": file_sha256(path)}
         bar.update(path.stat().st_size)
         os.replace(path, preparation.work / path.name)
     return shards, 0
@@ -643,19 +648,16 @@ def prepare(sources, config):
         return out_dir, estimate(files, tokenizer, workers, config)
 
     preparation = Preparation(unfinished(out_dir), settings, group(files))
-    left = [file for part in preparation.plan[len(preparation.parts) :] for file in part]
-    size = sum(file.size for file in files)
+    sizes = [sum(file.size for file in part) for part in (files, itertools.chain(*preparation.left()))]
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=size, initial=size - sum(f.size for f in left), unit="B", unit_scale=True))
-        downloads = stack.enter_context(ThreadPoolExecutor(1))  # the next file arrives while this one is tokenized
-        paths = ordered_map(downloads, functools.partial(fetch, folder=preparation.work / "raw"), left, ahead=1)
-        run = functools.partial(map, functools.partial(tokenize, spec=spec, val_fraction=fraction))
+        bar = stack.enter_context(tqdm(total=sizes[0], initial=sizes[0] - sizes[1], unit="B", unit_scale=True))
+        work = functools.partial(tokenize, spec=spec, val_fraction=fraction)
+        run = functools.partial(map, work)
         if workers > 1 and not ready_made:
             spawn = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker))
-            run = functools.partial(ordered_map, pool, run.args[0], ahead=3 * workers)
-        make = take_part if ready_made else functools.partial(tokenize_part, run=run, text_key=config.text_key)
-        preparation.run(make, paths, bar)
+            run = functools.partial(ordered_map, pool, work, ahead=3 * workers)
+        preparation.run(take_part if ready_made else functools.partial(tokenize_part, run=run), bar)
     return out_dir, preparation.finish(out_dir, tokenizer)
 
 
@@ -695,7 +697,8 @@ def main():
     except (OSError, ValueError, BrokenExecutor) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here")
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     if meta:
         print(f"{out_dir}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens", end="")
         print(f" ({meta['tokenizer']}, {meta['vocab_size']} ids), {len(meta['shards'])} shards")
