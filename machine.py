@@ -114,8 +114,9 @@ def join_ranks(config):
         return
     wait = timedelta(seconds=config.timeout)
     store = next(dist.rendezvous("env://", timeout=wait))[0]  # torchrun's own: it outlives a lost rank
+    store = dist.PrefixStore(f"train{store.add(f'joined{rank}', 1)}", store)  # a process may train several times
     backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("train", store), rank=rank, world_size=size, timeout=wait)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     try:
         yield ranks
     except RuntimeError as error:

@@ -405,6 +405,11 @@ def span(seconds):
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
+def step_sizes(m, c, n_ranks):
+    micro_steps = accumulation_steps(c, m.block_size, n_ranks)
+    return f"{c.batch_tokens} tokens = {micro_steps} micro-steps x {n_ranks} ranks x {c.micro_batch} sequences x {m.block_size}"
+
+
 def describe(run, start):
     """The first lines of a run: what trains, on what, how, and why so."""
     m, c, ranks = run.model_config, run.config, run.ranks
@@ -415,8 +420,7 @@ def describe(run, start):
              f"{amount(run.n_active)} active",
              f"data     {c.dataset}: {amount(run.train_data.n_tokens)} tokens ({run.tokenizer}), {epoch:,.1f} steps an epoch; "
              f"{amount(run.val_data.n_tokens)} for validation",
-             f"step     {c.batch_tokens} tokens = {c.micro_batch} sequences x {m.block_size} x {ranks.size} ranks x "
-             f"{run.accumulation} micro-steps",
+             f"step     {step_sizes(m, c, ranks.size)}",
              f"device   {ranks.device.type} ({machine}), shard={c.shard}",
              f"dtype    {str(run.dtype)[6:]} ({run.dtype_reason})",
              f"compile  {'yes' if run.compiled else 'no'} ({run.compile_reason})"]
@@ -444,7 +448,7 @@ def summary(run, result):
 def plan(m, c):
     """What a run would take, without running it -> text. m: ModelConfig, c: TrainConfig."""
     n = int(c.plan) if c.plan is not True else int(os.environ.get("WORLD_SIZE", 1))
-    micro_steps, flops, device = accumulation_steps(c, m.block_size, n), flops_per_token(m), pick_device(c.device)
+    flops, device = flops_per_token(m), pick_device(c.device)
     gpu, peak = "H100 (none here)", PEAK_FLOPS["H100"]
     if peak_flops(device):
         gpu, peak = torch.cuda.get_device_name(device), peak_flops(device)
@@ -455,8 +459,8 @@ def plan(m, c):
         epoch = f"unknown: {error}"
     tokens, memory = c.max_steps * c.batch_tokens, memory_per_rank(m, c, n)
     return "\n".join([f"model    {m.arch} {m.flavour}, {m.n_layer} layers, width {m.d_model}",
-                      f"weights  {amount(m.n_params())} stored, {amount(m.n_active_params())} active per token",
-                      f"step     {c.batch_tokens} tokens = {c.micro_batch} sequences x {m.block_size} x {n} ranks x {micro_steps}",
+                      f"weights  {amount(m.n_params())} stored, {amount(m.n_active_params())} active",
+                      f"step     {step_sizes(m, c, n)}",
                       f"run      {c.max_steps} steps, {amount(tokens)} tokens",
                       f"epoch    {epoch}",
                       f"memory   {sum(memory.values()) / 1e9:.2f} GB a rank with shard={c.shard}, recompute={c.recompute}: "
@@ -471,10 +475,12 @@ def memory_per_rank(m, c, n_ranks):
         model = GPT(m)
     sizes = [p.numel() for p in model.parameters()]
     total, blocks = sum(sizes), [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    width, experts = 4 if c.dtype == "float32" else 2, (m.top_k or 1) + (m.n_shared_experts or 0)
-    block = width * (12 * m.d_model + (2 if m.arch == "gpt2" else 3) * (m.d_expert or m.d_ff) * experts)  # per token
+    wide, narrow = (4, 4) if c.dtype == "float32" else (3, 2)  # bytes: with autocast the residual stream stays float32
+    chosen, gpt2 = (m.top_k or 1) + (m.n_shared_experts or 0), m.arch == "gpt2"
+    ffn = (2 if gpt2 else 4) * (m.d_expert or m.d_ff) + 2 * m.d_model
+    block = wide * (8 if gpt2 else 12) * m.d_model + narrow * chosen * ffn  # bytes per token
     kept = block + 4 * m.d_model * m.n_layer if c.recompute else block * m.n_layer
-    activations = c.micro_batch * m.block_size * (kept + m.vocab_size * (width + 8))  # logits, their float32 copy, its gradient
+    activations = c.micro_batch * m.block_size * (kept + m.vocab_size * (narrow + 8))  # logits, their float32 copy, its gradient
     part = total / n_ranks if c.shard == "fsdp" else total
     memory = {"weights": 4 * part, "gradients": 4 * part, "AdamW": 8 * part, "activations": activations}
     if c.shard == "zero1":  # whole tensors are dealt out
