@@ -27,7 +27,7 @@ from statistics import mean, stdev
 
 SIZES = {
     "cpu": dict(dataset="data/stdlib", arch="llama", n_layer=8, n_head=2, d_model=64, d_ff=128, block_size=128, vocab_size=257,
-                batch_tokens=2048, micro_batch=16, max_steps=800, warmup_steps=40, weight_decay=0.1, eval_every=100,
+                batch_tokens=2048, micro_batch=16, max_steps=2000, warmup_steps=50, weight_decay=0.1, eval_every=200,
                 eval_tokens=131072, save_every=200, log_every=10, device="cpu", dtype="float32", compile="false"),
     "gpu": dict(dataset="data/packages", arch="llama", n_layer=8, n_head=8, n_kv_head=4, d_model=512, d_ff=1024, block_size=512,
                 vocab_size=50304, batch_tokens=65536, micro_batch=32, max_steps=480, warmup_steps=40, weight_decay=0.1,
@@ -496,12 +496,12 @@ def report(size):
     base = SIZES[size]
     lines = [f"# What holds at {size} size", "",
              f"Written by `python reproduce.py --report --size={size}` from results/runs/. {base['arch']} blocks, "
-             f"{base['n_layer']} layers (12 where it says so), width {base['d_model']}, context {base['block_size']}, {base['dataset']}; loss in nats per "
-             f"{'byte' if size == 'cpu' else 'token'} on {base['eval_tokens']:,} held-out tokens. "
+             f"{base['n_layer']} layers (12 where it says so), width {base['d_model']}, context {base['block_size']}, {base['dataset']}; "
+             f"loss in nats per {'byte' if size == 'cpu' else 'token'} on {base['eval_tokens']:,} held-out tokens. "
              f"{len(records)} runs on {'; '.join(machines)}; commits {', '.join(commits)}.", "",
              "The left side is claimed to be below the right one. Paired over seeds; \"holds\" and \"does not hold here\"",
-             "mean that the 95 % t-interval of the paired difference lies on one side of zero, \"undecided\" that it does not, or that",
-             "there is one seed.", "",
+             "mean that the 95 % t-interval of the paired difference lies on one side of zero, \"undecided\" that it does not,",
+             "or that there is one seed.", "",
              "| | claim | left | right | difference | seeds | verdict |", "|---|---|---|---|---|---|---|",
              *(claim_row(records, *claim) for claim in CLAIMS), "",
              "## Runs", "", "| run | validation loss | seeds | stored | active | tokens | FLOPs | seconds |",
