@@ -1,4 +1,5 @@
 """What the tests of hf.py, probe.py and evaluate.py share: tiny random models of transformers', and real text in shards."""
+import dataclasses
 import json
 import sysconfig
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from model import GPT, ModelConfig
 from prepare_data import get_tokenizer, write_shard
 
 VOCAB, CONTEXT = 257, 32  # bytes and end of text
@@ -61,4 +63,24 @@ def text_shards(folder, n_train=200_000, n_val=20_000):
     write_shard(folder / "train_000000.bin", data[:n_train])
     write_shard(folder / "val_000000.bin", data[n_train:n_train + n_val])
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": tokenizer.vocab_size}))
+    return str(folder)
+
+
+SIZE = dict(n_layer=2, n_head=4, d_model=32, d_ff=40, block_size=CONTEXT, vocab_size=VOCAB)
+
+
+def random_model(**settings):
+    """One of our models with random weights large enough that every part of it counts."""
+    model = GPT(ModelConfig(**SIZE | settings)).eval()
+    torch.manual_seed(7)
+    for name, p in model.named_parameters():
+        nn.init.normal_(p, mean=1.0 if "norm" in name or "sigma" in name else 0.0, std=0.2)
+    return model
+
+
+def save_checkpoint(model, folder, dataset):
+    """What train.py leaves, as far as the scripts that read it are concerned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config), "tokenizer": "bytes", "step": 0}
+    torch.save(saved | {"train_config": {"dataset": dataset}}, folder / "ckpt.pt")
     return str(folder)

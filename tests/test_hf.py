@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from probe_helpers import CONTEXT, VOCAB, hf_model, saved, text_shards, tokens
+from probe_helpers import CONTEXT, VOCAB, hf_model, random_model, save_checkpoint, saved, text_shards, tokens
 
-from model import GPT, ModelConfig
+from model import GPT
 from prepare_data import get_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -103,15 +103,7 @@ def test_without_transformers(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Out.
 
-SIZE = dict(n_layer=2, n_head=4, d_model=32, d_ff=40, block_size=CONTEXT, vocab_size=VOCAB)
 TOPK = dict(arch="llama", flavour="topk", n_experts=6, d_expert=24, n_kv_head=2)
-
-
-def random_model(**settings):
-    model = GPT(ModelConfig(**SIZE | settings)).eval()
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.2)
-    return model
 
 
 @pytest.mark.parametrize("settings, architecture", [
@@ -181,7 +173,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     """python model.py: counts of a config, counts and export of a checkpoint, mistakes in one line."""
     import model as model_py
     trained = random_model(**TOPK)
-    torch.save({"model": trained.state_dict(), "model_config": vars(trained.config), "tokenizer": "bytes"}, tmp_path / "ckpt.pt")
+    save_checkpoint(trained, tmp_path, "data/stdlib")
     target = tmp_path / "theirs"
     monkeypatch.setattr(sys, "argv", ["model.py", f"--out_dir={tmp_path}", f"--export={target}"])
     model_py.main()

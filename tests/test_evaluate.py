@@ -1,0 +1,230 @@
+"""evaluate.py against log-likelihoods by hand, one item at a time without a cache, and against transformers' HFLM.
+
+  1. scores      2. what a batch is      3. generation      4. the harness and the command line
+"""
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from probe_helpers import CONTEXT, random_model, save_checkpoint
+
+import evaluate
+from prepare_data import get_tokenizer
+
+TOY = Path(__file__).parent / "toy_task"
+ITEMS = [json.loads(line) for line in (TOY / "toy.jsonl").read_text().splitlines()]
+PAIRS = [(item["question"], choice) for item in ITEMS for choice in item["choices"]]  # 50 items of 4 choices
+FLAVOURS = {
+    "dense": dict(arch="gpt2"),
+    "topk": dict(arch="llama", flavour="topk", n_experts=6, d_expert=24, n_kv_head=2),
+    "unipool": dict(arch="llama", flavour="unipool", n_experts=8, top_k=2),
+    "infmoe": dict(arch="llama", flavour="infmoe", infmoe_dz=8),  # the cache must see the noise of the same positions
+}
+
+
+def scorer(flavour="topk", **options):
+    return evaluate.Scorer(random_model(**FLAVOURS[flavour]), get_tokenizer("bytes"), **options)
+
+
+def requests(pairs):
+    return [SimpleNamespace(args=pair) for pair in pairs]
+
+
+@torch.no_grad()
+def by_hand(model, context, continuation):
+    """log p of each token of the continuation, one forward pass over the whole text."""
+    ids = (context + continuation)[-(CONTEXT + 1):]
+    logits = model(torch.tensor([ids[:-1]])).logits[0].double()
+    total, greedy = 0.0, True
+    for position in range(len(ids) - len(continuation), len(ids)):
+        row = logits[position - 1]
+        total += (row[ids[position]] - row.exp().sum().log()).item()
+        greedy &= row.argmax().item() == ids[position]
+    return total, greedy
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Scores.
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_loglikelihood_equals_by_hand(flavour):
+    lm = scorer(flavour)
+    assert any(len(q) > CONTEXT for q, _ in PAIRS)  # truncated on the left
+    for (context, continuation), (value, greedy) in zip(PAIRS, lm.loglikelihood(requests(PAIRS), disable_tqdm=True)):
+        n = len(context.rstrip().encode())
+        ids = list((context + continuation).encode())
+        expected = by_hand(lm.model, ids[:n], ids[n:])
+        assert value == pytest.approx(expected[0], abs=1e-4) and greedy == expected[1]
+
+
+def test_greedy_is_noticed():
+    lm, start = scorer(), list(b"def ")
+    best = torch.cat(list(lm.model.generate(torch.tensor([start]), 4, temperature=0)))[:, 0].tolist()
+    other = [*best[:-1], (best[-1] + 1) % 257]
+    scores = lm.score([(start, best), (start, other), (start, best[:2])], True)
+    assert [greedy for _, greedy in scores] == [True, False, True] and scores[0][0] > scores[1][0]
+
+
+@pytest.mark.parametrize("context, continuation, tokens", [
+    ("", "ab", ([256], [97, 98])),  # nothing before it: the end of the last text
+    ("a  ", "b", ([97], [32, 32, 98])),  # spaces go to the continuation
+    ("  ", "b", ([256], [32, 32, 98])),
+    ("é", " ∞", ([195, 169], [32, 226, 136, 158])),
+])
+def test_encode_pair(context, continuation, tokens):
+    assert scorer().encode_pair(context, continuation) == tokens
+
+
+def test_a_continuation_longer_than_the_context_is_refused():
+    lm = scorer()
+    longest = list(range(CONTEXT))
+    assert lm.score([([1], longest)], True)[0][0] == pytest.approx(by_hand(lm.model, [1], longest)[0], abs=1e-4)
+    for length in (0, CONTEXT + 1):
+        with pytest.raises(ValueError, match=f"{length} tokens does not fit into block_size={CONTEXT}"):
+            lm.score([([1], [2] * length)], True)
+
+
+@pytest.mark.parametrize("length", [1, CONTEXT, CONTEXT + 1, 3 * CONTEXT + 5])
+def test_rolling_scores_every_token_once(length):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    lm, text = scorer(), "".join(ITEMS[i]["question"] for i in range(40))[:length]
+    ids = [256, *text.encode()]
+    total, done = 0.0, 1
+    while done < len(ids):  # windows of CONTEXT predictions; the last one looks back as far as it can
+        new = min(CONTEXT, len(ids) - done)
+        total += by_hand(lm.model, ids[max(0, done + new - CONTEXT - 1):done], ids[done:done + new])[0]
+        done += new
+    assert lm.loglikelihood_rolling(requests([(text,)]), disable_tqdm=True) == [pytest.approx(total, abs=1e-3)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. What a batch is.
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])  # one context at a time; a few; all of a length
+def test_batches_cover_every_context_once(batch_tokens):
+    lm = scorer(batch_tokens=batch_tokens)
+    groups = {tuple(range(n, n + 1 + n % 7)): [(n, [1] * (1 + n % 5))] * (1 + n % 3) for n in range(40)}
+    batches = list(lm.batches(groups))
+    assert sorted(context for batch in batches for context in batch) == sorted(groups)
+    for batch in batches:
+        assert len({len(context) for context in batch}) == 1
+        tokens = sum(len(groups[c]) * (len(c) + max(len(x) for _, x in groups[c])) for c in batch)
+        assert len(batch) == 1 or tokens <= batch_tokens
+    assert [len(b[0]) for b in batches] == sorted((len(b[0]) for b in batches), reverse=True)
+
+
+def test_scores_do_not_depend_on_the_batch():
+    few, many = scorer(batch_tokens=1), scorer(batch_tokens=10_000)
+    a, b = (lm.loglikelihood(requests(PAIRS), disable_tqdm=True) for lm in (few, many))
+    assert [x for x, _ in a] == pytest.approx([x for x, _ in b], abs=1e-4)
+
+
+def test_a_context_runs_once_for_all_its_continuations():
+    lm, seen = scorer(), []
+    handle = lm.model.wte.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    lm.score([(list(range(20)), [k, k, k]) for k in range(4)], True)
+    handle.remove()
+    assert [tuple(shape) for shape in seen] == [(1, 19), (4, 3)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Generation.
+
+def test_generation_stops_and_is_cut():
+    lm = scorer("dense")
+    whole = lm.generate_until(requests([("def f", {"max_gen_toks": 12})]))[0]
+    alone = torch.cat(list(lm.model.generate(torch.tensor([list(b"def f")]), 12, temperature=0)))[:, 0].tolist()
+    assert whole == lm.tokenizer.decode(alone[:alone.index(256)] if 256 in alone else alone)
+    until = whole[2]
+    contexts = [("def f", {"max_gen_toks": 12, "until": [until]}), ("def g", {"max_gen_toks": 12, "until": until}),
+                ("x" * 100, {"max_gen_toks": 3}), ("def f", {"max_gen_toks": 12})]
+    results = lm.generate_until(requests(contexts), disable_tqdm=True)
+    assert results[0] == whole[:whole.index(until)] and until not in results[1] and results[3] == whole
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The harness and the command line.
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.chdir(TOY.parent.parent)  # the task names its file from there
+        yield lm_eval
+
+
+def test_toy_task_equals_by_hand(harness, tmp_path, capsys, monkeypatch):
+    model = random_model(**FLAVOURS["infmoe"])
+    folder = save_checkpoint(model, tmp_path / "x", "data/stdlib")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--out_dir={folder}", "--tasks=toy", f"--include_path={TOY}"])
+    evaluate.main()
+    right = right_norm = 0
+    for item in ITEMS:
+        n = len(item["question"].rstrip())
+        texts = [(item["question"] + choice).encode() for choice in item["choices"]]
+        scores = [by_hand(model, list(text[:n]), list(text[n:]))[0] for text in texts]
+        per_letter = [s / len(choice) for s, choice in zip(scores, item["choices"])]
+        right += scores.index(max(scores)) == item["answer"]
+        right_norm += per_letter.index(max(per_letter)) == item["answer"]
+    saved = json.loads((tmp_path / "x" / "evaluate.json").read_text())["results"]["toy"]
+    assert saved["acc"] == pytest.approx(right / 50) and saved["acc_norm"] == pytest.approx(right_norm / 50)
+    printed = capsys.readouterr().out
+    assert f"{2 * right:.2f}" in printed and "evaluate.json" in printed
+
+
+def test_equals_hflm_on_the_exported_model(harness, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    import hf
+    lm = scorer()
+    hf.export(lm.model, tmp_path, lm.tokenizer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    theirs = evaluate.language_model(model, str(tmp_path))
+    pairs = requests([pair for pair in PAIRS if len(pair[0]) < CONTEXT - 8])
+    mine, expected = lm.loglikelihood(pairs, disable_tqdm=True), theirs.loglikelihood(pairs, disable_tqdm=True)
+    assert [value for value, _ in mine] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in mine] == [greedy for _, greedy in expected]
+    text = requests([("import os\nimport sys\n\n\ndef f(x):\n    return x or [] if x is None else x\n",)])
+    rolling = theirs.loglikelihood_rolling(text, disable_tqdm=True)
+    assert lm.loglikelihood_rolling(text, disable_tqdm=True) == pytest.approx(rolling, abs=1e-3)
+    ours = evaluate.language_model(lm.model, lm.tokenizer)
+    assert evaluate.run(ours, "toy", str(TOY)) == evaluate.run(theirs, "toy", str(TOY))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--tasks=toi", f"--include_path={TOY}", "--out_dir={x}"], "no task toi: did you mean"),
+    (["--out_dir={x}/nowhere"], "no checkpoint at"),
+    (["--taks=toy"], "did you mean --tasks"),
+])
+def test_mistakes_are_one_line(harness, argv, words, tmp_path, capsys, monkeypatch):
+    from lm_eval.tasks import TaskManager
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path=None, include_defaults=True: TaskManager(
+        include_path=include_path, include_defaults=False))  # listing the harness's own tasks takes seconds
+    save_checkpoint(random_model(), tmp_path, "data/stdlib")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *[word.replace("{x}", str(tmp_path)) for word in argv]])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and words in error
+
+
+def test_without_the_harness(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2 and 'pip install "nanoexperts[eval]"' in capsys.readouterr().err
+
+
+def test_presets_are_printed_beside_the_papers(capsys):
+    results = {task: {"acc": 0.5, "acc_stderr": 0.01} | ({"acc_norm": 0.25} if task == "piqa" else {})
+               for task in evaluate.PRESETS["infmoe"].split(",")}
+    evaluate.print_results(results, "infmoe")
+    printed = capsys.readouterr().out
+    assert "39.80" in printed and "50.00 ±1.00" in printed
+    assert f"{100 * (6 * 0.5 + 0.25) / 7:.2f}" in printed  # the mean takes piqa's normalised accuracy

@@ -1,0 +1,584 @@
+"""probe.py: what it changes is what it says, uniformly, and nothing stays changed; what it reports is counted by hand.
+
+  1. rerouting transformers' models      3. infmoe's codes              5. use, overlap, pathways     7. the command line
+  2. the draw itself                     4. the random-router probe     6. samples
+"""
+import collections
+import itertools
+import json
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from probe_helpers import CONTEXT, ROUTED, VOCAB, hf_model, random_model, save_checkpoint, saved, text_shards, tokens
+
+import evaluate
+import moe
+import probe
+from probe import Layer, ProbeConfig, Subject
+
+TOPK = dict(arch="llama", flavour="topk", n_experts=6, d_expert=24, n_kv_head=2, n_layer=4)
+OURS = {
+    "topk": TOPK,
+    "deepseek": TOPK | dict(flavour="deepseek", moe_every=2),  # always-on experts; layers 1 and 3 only
+    "unipool": dict(arch="llama", flavour="unipool", n_experts=12, top_k=2, n_layer=4),
+    "infmoe": dict(arch="llama", flavour="infmoe", infmoe_dz=8, n_layer=4),
+}
+# Upper 0.1 % points of chi-square by degrees of freedom.
+CHI_SQUARE = {3: 16.27, 5: 20.52, 14: 36.12, 35: 66.62}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return text_shards(tmp_path_factory.mktemp("probe") / "data", 20_000, 20_000)
+
+
+def subject_of(model, windows=None):
+    """As load_ours makes it, without files."""
+    c = model.config
+    blocks = [(i, b.ffn) for i, b in enumerate(model.blocks) if isinstance(b.ffn, moe.MoE)]
+    layers = [Layer(i, f.router, f, f.bank or model.pool_of(k), c.n_experts or c.d_expert, c.top_k or c.infmoe_samples)
+              for k, (i, f) in enumerate(blocks)]
+    windows = tokens(6, CONTEXT + 1).numpy() if windows is None else windows
+    return Subject("it", model, layers, c.n_layer, VOCAB, windows, None, {})
+
+
+def chi_square(counts):
+    counts = np.asarray(list(counts), dtype=float)
+    return float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+
+
+def hooks_of(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Rerouting transformers' models: exactly the chosen layer, and bit for bit as before afterwards.
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_one_layer_of_every_family(family, tmp_path, data):
+    model = hf_model(family, num_hidden_layers=3)
+    config = ProbeConfig(hf=saved(model, tmp_path), dataset=data, routing=True, tokens=4096, device="cpu")
+    subject = probe.load_hf(config)
+    model, x = subject.model, torch.tensor(subject.windows[:, :-1])
+    assert [layer.index for layer in subject.layers] == ([1, 2] if "deepseek" in family else [0, 1, 2])
+    assert {layer.n_experts for layer in subject.layers} == {6} and {layer.top_k for layer in subject.layers} == {2}
+    before, weights = model(x).logits, {name: p.clone() for name, p in model.state_dict().items()}
+    chosen = subject.layers[-2]
+    given, passed = {}, {}  # what every router was given, and what its experts were then given
+
+    def spy(layer):
+        note = lambda module, args, kwargs: passed.update({layer.index: [*args, *kwargs.values()]})
+        return [layer.router.register_forward_pre_hook(lambda module, args: given.update({layer.index: args[0]})),
+                layer.experts.register_forward_pre_hook(note, with_kwargs=True)]
+
+    spies = [handle for layer in subject.layers for handle in spy(layer)]
+    with probe.rerouted(subject, [chosen], "random"):
+        changed = model(x).logits
+    for handle in spies:
+        handle.remove()
+    for layer in subject.layers:
+        ids, gates = (next(t for t in passed[layer.index] if t.is_floating_point() == kind and t.shape[-1] == 2)
+                      for kind in (False, True))
+        own = layer.router(given[layer.index])
+        torch.testing.assert_close(gates, own[1], rtol=0, atol=0)  # learned gates everywhere
+        if layer is not chosen:
+            assert torch.equal(ids, own[2])
+            continue
+        assert not torch.equal(ids, own[2]) and (ids[:, 0] != ids[:, 1]).all() and ids.min() >= 0 and ids.max() < 6
+        assert chi_square(torch.bincount(ids.flatten(), minlength=6)) < CHI_SQUARE[5]
+    assert not torch.equal(changed, before)
+    assert torch.equal(model(x).logits, before) and hooks_of(model) == 0
+    assert all(torch.equal(weights[name], p) for name, p in model.state_dict().items())
+
+
+def test_other_architectures_are_named(tmp_path, data):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no \*TopKRouter module to hook, as Mixtral, OLMoE"):
+        probe.load_hf(ProbeConfig(hf=saved(hf_model("llama"), tmp_path), dataset=data))
+
+
+def test_a_router_that_returns_something_else_is_refused():
+    for output in (torch.zeros(3, 2), (torch.zeros(3, 6), torch.zeros(3, 2)), (torch.zeros(3, 6),) * 3):
+        with pytest.raises(ValueError, match="does not return"):
+            probe.gates_and_ids(output)
+
+
+def test_hooks_go_when_the_run_fails():
+    subject = subject_of(random_model(**TOPK))
+    with pytest.raises(RuntimeError, match="boom"), probe.rerouted(subject, subject.layers, "random"):
+        raise RuntimeError("boom")
+    assert hooks_of(subject.model) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. The draw itself.
+
+def draw(how="random", n=6, k=2, size=6000, seed=0, among=None, gates="learned", keys=None, index=3):
+    layer = Layer(index, None, None, None, n, k)
+    weights = torch.rand(size, k, generator=torch.Generator().manual_seed(1))
+    routing = moe.Routing(weights, torch.zeros(size, k, dtype=torch.int64), None, None)
+    keys = torch.arange(size) if keys is None else keys
+    return weights, probe.another_choice(layer, routing, keys, 64 * (1000 * seed + index), among, gates)
+
+
+def test_uniform_over_sets_and_order():
+    _, new = draw()
+    assert chi_square(torch.bincount(new.ids.flatten(), minlength=6)) < CHI_SQUARE[5]
+    pairs = collections.Counter(tuple(sorted(pair)) for pair in new.ids.tolist())
+    assert len(pairs) == 15 and chi_square(pairs.values()) < CHI_SQUARE[14]  # all pairs, none twice the same
+    ordered = torch.bincount((new.ids[:, 0] < new.ids[:, 1]).long(), minlength=2)
+    assert abs(ordered[0] - ordered[1]) < 4 * math.sqrt(6000)  # which gate goes to which is chance, too
+
+
+def test_layers_and_seeds_are_independent():
+    first = draw(k=1)[1].ids[:, 0]
+    for other in (draw(k=1, seed=1), draw(k=1, index=4)):
+        joint = torch.bincount(first * 6 + other[1].ids[:, 0], minlength=36)
+        assert chi_square(joint) < CHI_SQUARE[35]
+
+
+def test_among_and_gates():
+    among = torch.tensor([5, 0, 4, 2])
+    weights, new = draw(k=2, among=among, gates="uniform")
+    assert set(new.ids.flatten().tolist()) == set(among.tolist()) and (new.ids[:, 0] != new.ids[:, 1]).all()
+    assert chi_square(torch.bincount(new.ids.flatten())[among]) < CHI_SQUARE[3]
+    torch.testing.assert_close(new.weights, weights.mean(-1, keepdim=True).repeat(1, 2))
+    assert torch.equal(draw()[0], draw()[1].weights)
+
+
+def test_all_experts_is_a_permutation():
+    new = draw(n=4, k=4)[1]
+    assert torch.equal(new.ids.sort(-1).values, torch.arange(4).expand(6000, 4))
+
+
+def test_hash_is_a_function_of_the_token():
+    ids = torch.randint(0, 500, (6000,), generator=torch.Generator().manual_seed(2))
+    new = draw(keys=ids)[1].ids
+    table = {}
+    assert all(table.setdefault(token, row) == row for token, row in zip(ids.tolist(), new.tolist()))
+    assert chi_square(np.bincount([row[0] for row in table.values()], minlength=6)) < CHI_SQUARE[5]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. infmoe: codes from N(0, I).
+
+@pytest.mark.parametrize("settings", [
+    {}, dict(infmoe_depth=2, infmoe_z="shared"), dict(infmoe_depth=2), dict(infmoe_depth=2, infmoe_rate=(None, 0.5)),
+    dict(infmoe_mean=True), dict(infmoe_components=3, pool_groups=1),
+])
+def test_codes_are_standard_normal(settings):
+    subject = subject_of(random_model(**OURS["infmoe"] | settings))
+    layer, x = subject.layers[1], torch.randn(2000, 32)
+    own = layer.router(x, torch.arange(2000))
+    new = probe.another_choice(layer, own, torch.arange(2000), 64, None, "learned")
+    assert [code is None for code in new] == [code is None for code in own]
+    for code, learned in zip(new, own):
+        if code:
+            assert code.z.shape == learned.z.shape and code.mu is learned.mu and not torch.equal(code.z, learned.z)
+            n = code.z.numel()
+            assert abs(code.z.mean()) < 4 / math.sqrt(n) and abs(code.z.var() - 1) < 6 / math.sqrt(n)
+            corr = torch.corrcoef(code.z.flatten(1).T)
+            assert (corr - torch.eye(len(corr))).abs().max() < 0.12  # samples and dimensions are independent
+    if len(new) == 2 and all(new):
+        assert torch.equal(new[0].z, new[1].z) == (settings["infmoe_z"] == "shared" if "infmoe_z" in settings else False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The random-router probe.
+
+@torch.no_grad()
+def test_held_out_is_the_mean_cross_entropy():
+    subject = subject_of(random_model(**TOPK))
+    values = probe.held_out(subject, ProbeConfig(batch_size=4))
+    for window, (loss, accuracy) in zip(torch.tensor(subject.windows), values):
+        logits = subject.model(window[None, :-1]).logits[0]
+        assert loss == pytest.approx(F.cross_entropy(logits, window[1:]).item(), abs=1e-5)
+        assert accuracy == pytest.approx(100 * (logits.argmax(-1) == window[1:]).float().mean().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("flavour", OURS)
+@pytest.mark.parametrize("how", ["random", "hash", "skip"])
+def test_results_do_not_depend_on_the_batch_and_nothing_stays(flavour, how):
+    subject = subject_of(random_model(**OURS[flavour]))
+    before = probe.held_out(subject, ProbeConfig(batch_size=2))
+    values = []
+    for n in (1, 4, 6):
+        with probe.rerouted(subject, subject.layers[-2:], how, seed=1):
+            values.append(probe.held_out(subject, ProbeConfig(batch_size=n)))
+    np.testing.assert_allclose(values[0], values[1], atol=2e-4)
+    np.testing.assert_allclose(values[0], values[2], atol=2e-4)
+    assert np.abs(values[0] - before).max() > 1e-3
+    assert np.array_equal(probe.held_out(subject, ProbeConfig(batch_size=2)), before)
+
+
+def test_earlier_layers_see_nothing_of_it():
+    subject = subject_of(random_model(**OURS["unipool"]))
+    x = torch.tensor(subject.windows[:, :-1])
+    own = subject.model(x, return_routings=True).routings
+    with probe.rerouted(subject, [subject.layers[2]], "random"):
+        new = subject.model(x, return_routings=True).routings
+    assert all(torch.equal(new[k].ids, own[k].ids) and torch.equal(new[k].weights, own[k].weights) for k in (0, 1))
+    assert torch.equal(new[2].weights, own[2].weights) and torch.equal(new[2].scores, own[2].scores)
+    assert not torch.equal(new[2].ids, own[2].ids)
+
+
+def test_skip_is_a_layer_without_experts():
+    model = random_model(**OURS["deepseek"])
+    subject, x = subject_of(model), tokens()
+    with probe.rerouted(subject, [subject.layers[1]], "skip"):
+        skipped = model(x).logits
+    for p in (model.blocks[3].ffn.bank.w_out, model.blocks[3].ffn.shared.w_out.weight):
+        p.data.zero_()
+    torch.testing.assert_close(skipped, model(x).logits)
+
+
+def test_skip_in_transformers(tmp_path, data):
+    for family in ("mixtral", "gpt_oss"):  # blocks that return a tensor, and a tuple
+        model = hf_model(family)
+        subject = probe.load_hf(ProbeConfig(hf=saved(model, tmp_path / family), dataset=data, tokens=64, device="cpu"))
+        model, x = subject.model, tokens()
+        with probe.rerouted(subject, [subject.layers[1]], "skip"):
+            skipped = model(x).logits
+        for p in subject.layers[1].experts.parameters():
+            p.data.zero_()
+        torch.testing.assert_close(skipped, model(x).logits)
+
+
+def run(tmp_path, name="probe", **settings):
+    """probe.probe as the command line calls it -> the JSON file of the first probe asked for."""
+    probe.probe(ProbeConfig(save_dir=str(tmp_path / name), device="cpu", **settings))
+    asked = [key for key in ("routing", "overlap", "pathways", "samples") if settings.get(key)]
+    return json.loads((tmp_path / name / f"{(asked or ['random_router'])[0]}.json").read_text())
+
+
+def test_ours_and_the_export_give_the_same_numbers(tmp_path, data):
+    import hf
+    model = random_model(**TOPK)
+    folder = save_checkpoint(model, tmp_path / "ours", data)
+    hf.export(model, tmp_path / "theirs")
+    settings = dict(random_router_from=True, choice="both", matched_experts=3, seeds=2, tokens=2048)
+    ours = run(tmp_path, "a", out_dir=folder, batch_size=16, **settings)
+    theirs = run(tmp_path, "b", hf=str(tmp_path / "theirs"), dataset=data, batch_size=5, **settings)
+    assert len(ours["rows"]) == len(theirs["rows"]) == 4 * 3  # random, matched, hash, skipped; layers 2, 3, mean
+    for mine, other in zip([ours["learned"], *ours["rows"]], [theirs["learned"], *theirs["rows"]]):
+        assert mine == pytest.approx(other, abs=2e-4)
+    assert run(tmp_path, "c", out_dir=folder, routing=True)["use"] == run(
+        tmp_path, "d", hf=str(tmp_path / "theirs"), dataset=data, routing=True)["use"]
+
+
+def test_rows_are_means_over_windows_seeds_and_layers(tmp_path, data):
+    folder = save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "ours", data)
+    config = ProbeConfig(out_dir=folder, random_router_from=2, seeds=2, tokens=512, controls="skip", device="cpu")
+    rows = run(tmp_path, out_dir=folder, random_router_from=2, seeds=2, tokens=512, controls="skip")["rows"]
+    subject = probe.load_ours(config)
+    base, change = probe.held_out(subject, config), {}
+    for layer, seed in itertools.product((2, 3), (0, 1)):
+        with probe.rerouted(subject, [subject.layers[layer]], "random", seed):
+            change[layer, seed] = probe.held_out(subject, config) - base
+    for row, keys in zip(rows, ([(2, 0), (2, 1)], [(3, 0), (3, 1)], list(change))):
+        windows = sum(change[key] for key in keys) / len(keys)  # (16, 2)
+        assert row["router"] == "random of 12" and row["seeds"] == 2
+        for j, column in enumerate(("loss", "accuracy")):
+            w = windows[:, j]
+            error = math.sqrt(sum((w - w.mean()) ** 2) / 15 / 16)
+            assert row[f"{column}_change"] == pytest.approx(w.mean()) and row[f"{column}_error"] == pytest.approx(error)
+            assert row[column] == pytest.approx(base[:, j].mean() + w.mean())
+            a, b = (np.mean([change[k][:, j].mean() for k in keys if k[1] == seed]) for seed in (0, 1))
+            assert row[f"{column}_error_over_seeds"] == pytest.approx(abs(a - b) / 2)  # of two values
+
+
+def test_all_at_once(tmp_path, data):
+    folder = save_checkpoint(random_model(**TOPK), tmp_path / "ours", data)
+    rows = run(tmp_path, out_dir=folder, random_router_from=0, all_at_once=True, tokens=512, seeds=1)["rows"]
+    assert [(row["router"], row["layer"]) for row in rows] == [(name, "together") for name in ("random of 6", "hash", "skipped")]
+    subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=512, device="cpu"))
+    with probe.rerouted(subject, subject.layers, "hash"):
+        assert rows[1]["loss"] == pytest.approx(probe.held_out(subject, ProbeConfig())[:, 0].mean(), abs=1e-4)
+
+
+def test_matched_is_the_most_used(tmp_path, data):
+    folder = save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "ours", data)
+    config = ProbeConfig(out_dir=folder, random_router_from=True, choice="matched", matched_experts=3, tokens=512, device="cpu")
+    subject = probe.load_ours(config)
+    among = probe.interventions(subject, config)["random of top 3"][1]
+    routings = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
+    for k, layer in enumerate(subject.layers):
+        counts = collections.Counter(routings[k].ids.flatten().tolist())
+        few = set(among[layer.index].tolist())
+        assert len(few) == 3 and min(counts[e] for e in few) >= max(counts[e] for e in range(12) if e not in few)
+
+
+def test_on_benchmarks(tmp_path, data, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    from test_evaluate import TOY
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(TOY.parent.parent)
+    folder = save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "ours", data)
+    found = run(tmp_path, out_dir=folder, random_router_from=3, tasks="toy", include_path=str(TOY), limit=25, seeds=2,
+                controls="skip")
+    assert set(found["learned"]) == {"accuracy"} and len(found["rows"]) == 2  # one layer: no mean
+    subject = probe.load_ours(ProbeConfig(out_dir=folder, device="cpu"))
+    with probe.rerouted(subject, subject.layers[-1:], "skip"):
+        lm = evaluate.language_model(subject.model, subject.tokenizer)
+        accuracy = evaluate.run(lm, "toy", str(TOY), limit=25)["toy"]["acc_norm"]
+    assert found["rows"][1]["accuracy"] == pytest.approx(100 * accuracy)
+    assert found["rows"][1]["accuracy_change"] == pytest.approx(100 * accuracy - found["learned"]["accuracy"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Use, overlap, pathways.
+
+def test_record_equals_the_routings():
+    subject = subject_of(random_model(**OURS["unipool"]))
+    ids, entropy, zero = probe.record(subject, ProbeConfig(batch_size=4))
+    routings = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
+    assert torch.equal(ids.long(), torch.stack([r.ids for r in routings]))
+    for k, r in enumerate(routings):
+        assert entropy[k] == pytest.approx(moe.routing_entropy(r.scores).item(), abs=1e-5)
+        assert zero[k] == pytest.approx((r.weights == 0).float().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2])
+def test_expert_use(groups, tmp_path, data):
+    settings = OURS["unipool"] | dict(pool_groups=groups) if groups else TOPK
+    folder = save_checkpoint(random_model(**settings), tmp_path / "ours", data)
+    found = run(tmp_path, out_dir=folder, routing=True, tokens=1024)
+    subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=1024, device="cpu"))
+    routings = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
+    use = [[(r.ids == e).sum().item() for e in range(subject.layers[0].n_experts)] for r in routings]
+    assert found["use"] == use and all(sum(u) == 1024 * 2 for u in use)
+    pools = {0: [], 1: ["0 to 3"], 2: ["0 to 1", "2 to 3"]}[groups]
+    assert [row["layer"] for row in found["rows"]] == ["0", "1", "2", "3", *pools]
+    for row, counts in zip(found["rows"], use + ([np.sum(use[:4 // groups], 0).tolist()] if groups else [])):
+        q = [c / sum(counts) for c in counts]
+        assert row["entropy of use"] == pytest.approx(-sum(p * math.log(p) for p in q if p) / math.log(len(q)), abs=1e-4)
+        assert row["largest"] == pytest.approx(max(q) * len(q), abs=0.01) and row["unused"] == counts.count(0)
+    if groups:
+        layers = 4 // groups
+        met = [len({r.ids[t, k].item() for r in routings[g * layers:(g + 1) * layers] for k in range(2)}) / (2 * layers)
+               for g in range(groups) for t in range(1024)]
+        assert next(iter(found["facts"].values())) == pytest.approx(np.mean(met), abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(infmoe_depth=2), dict(pool_groups=1)])
+def test_neuron_use(settings):
+    subject = subject_of(random_model(**OURS["infmoe"] | settings))
+    rows, use, banks, _ = probe.neuron_use(subject, ProbeConfig(batch_size=2))
+    codes = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
+    for row, counts, (k, i) in zip(rows, use, itertools.product(range(4), range(settings.get("infmoe_depth", 1)))):
+        masks = subject.layers[k].experts.masks(codes[k])[i]  # (T, K, F)
+        assert counts.tolist() == (masks != 0).sum((0, 1)).tolist()
+        assert row["sigma"] == pytest.approx((codes[k][i].logvar / 2).exp().mean().item(), abs=1e-3)
+        assert row["spread of mu"] == pytest.approx(codes[k][i].mu[:, 0].std(0, correction=0).mean().item(), abs=1e-3)
+    assert sorted(r for bank in banks for r in bank) == list(range(len(rows)))
+    assert len(banks) == (1 if "pool_groups" in settings else len(rows))
+
+
+def test_overlap_of_ours_and_of_the_export(tmp_path, data):
+    import hf
+    model = random_model(**TOPK)
+    folder = save_checkpoint(model, tmp_path / "ours", data)
+    hf.export(model, tmp_path / "theirs")
+    ours = run(tmp_path, "a", out_dir=folder, overlap=True, tokens=256)
+    theirs = run(tmp_path, "b", hf=str(tmp_path / "theirs"), dataset=data, overlap=True, tokens=256)
+    assert ours["overlap"] == pytest.approx(theirs["overlap"], abs=1e-4)
+    seen = {}
+    handle = model.blocks[1].ffn.register_forward_hook(lambda m, args, out: seen.update(x=args[0], routing=out[1]))
+    model(torch.tensor(probe.load_ours(ProbeConfig(out_dir=folder, tokens=256, device="cpu")).windows[:, :-1]))
+    handle.remove()
+    bank, cosines = model.blocks[1].ffn.bank, []
+    for x, ids in zip(seen["x"], seen["routing"].ids):
+        a, b = (F.silu(h[:24]) * h[24:] for h in (bank.w_in[e] @ x for e in ids))
+        cosines.append((a @ b / a.norm() / b.norm()).abs().item())
+    assert ours["overlap"][1] == pytest.approx(np.mean(cosines), abs=1e-4)
+
+
+def test_overlap_refuses_what_it_cannot_read(tmp_path, data):
+    with pytest.raises(ValueError, match="GptOssExperts"):
+        run(tmp_path, hf=saved(hf_model("gpt_oss"), tmp_path / "x"), dataset=data, overlap=True, tokens=64)
+    folder = save_checkpoint(random_model(**OURS["unipool"] | dict(top_k=1)), tmp_path / "y", data)
+    with pytest.raises(ValueError, match="uses one"):
+        run(tmp_path, out_dir=folder, overlap=True, tokens=64)
+
+
+def test_overlap_of_samples(tmp_path, data):
+    found = run(tmp_path, out_dir=save_checkpoint(random_model(**OURS["infmoe"]), tmp_path / "x", data), overlap=True, tokens=64)
+    assert all(0 < value < 1 for value in found["overlap"])
+
+
+@pytest.mark.parametrize("flavour", ["topk", "unipool"])
+def test_pathways(flavour, tmp_path, data):
+    folder = save_checkpoint(random_model(**OURS[flavour]), tmp_path / "ours", data)
+    found = run(tmp_path, out_dir=folder, pathways=True, tokens=2048, devices=3)
+    subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=2048, device="cpu"))
+    n = subject.layers[0].n_experts
+    ids = torch.stack([r.ids for r in subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings])
+    for k in range(3):
+        after = collections.defaultdict(collections.Counter)
+        for a, b in zip(ids[k, :, 0].tolist(), ids[k + 1, :, 0].tolist()):
+            after[a][b] += 1
+        usual = sum(c.most_common(1)[0][1] for c in after.values())
+        assert found["path_consistency"][k] == pytest.approx(usual / 2048)
+        assert found["chance"][k] == pytest.approx(torch.bincount(ids[k + 1, :, 0]).max().item() / 2048)
+    hops = [(a * 3 // n, b * 3 // n) for k in range(3) for t in range(1024, 2048)
+            for a in ids[k, t].tolist() for b in ids[k + 1, t].tolist()]
+    assert found["crossing"]["in order"] == pytest.approx(np.mean([a != b for a, b in hops]))
+    assert len(found["cache_hit_rate"]) == (n if flavour == "unipool" else 4 * n)
+
+
+def test_partition_finds_planted_groups_and_keeps_sizes():
+    rng = np.random.default_rng(0)
+    for pairs in ([(0, 1), (1, 2)], [(0, 0)], [(0, 0), (0, 1), (1, 1)]):  # private banks, one pool, two pools
+        group = {bank: rng.permutation(12) % 3 for bank in (0, 1, 2)}
+        traffic = {(a, b): 1.0 + 50 * (group[a][:, None] == group[b][None, :]) for a, b in pairs}
+        plain = {bank: np.arange(12) // 4 for bank in {x for pair in pairs for x in pair}}
+        found = probe.partition(traffic, plain, 3)
+        assert all(np.bincount(devices).tolist() == [4, 4, 4] for devices in found.values())
+        assert probe.crossings(traffic, found) < 0.6 * probe.crossings(traffic, plain)
+        assert all((devices == np.arange(12) // 4).all() for devices in plain.values())  # the argument is left alone
+
+
+def test_partition_is_a_local_optimum():
+    """No swap of two experts of a bank could still help; counted literally."""
+    rng = np.random.default_rng(1)
+    traffic = {(0, 0): rng.random((7, 7)), (0, 1): rng.random((7, 7)) ** 3, (1, 1): rng.random((7, 7))}
+    plain = {bank: np.arange(7) * 3 // 7 for bank in (0, 1)}  # sizes 3, 2, 2
+    found = probe.partition(traffic, plain, 3)
+    best = probe.crossings(traffic, found)
+    assert best < probe.crossings(traffic, plain)
+    for bank, (i, j) in itertools.product((0, 1), itertools.combinations(range(7), 2)):
+        other = {b: devices.copy() for b, devices in found.items()}
+        other[bank][[i, j]] = other[bank][[j, i]]
+        assert probe.crossings(traffic, other) >= best - 1e-12
+
+
+def test_cache_hits_equal_a_cache():
+    sequence = np.random.default_rng(0).zipf(1.5, 3000) % 11
+    hits = probe.cache_hits(sequence, 11)
+    for size in range(1, 12):
+        cache, found = collections.OrderedDict(), 0
+        for expert in sequence.tolist():
+            found += expert in cache
+            cache.pop(expert, None)
+            cache[expert] = True
+            if len(cache) > size:
+                cache.popitem(last=False)
+        assert hits[size - 1] == pytest.approx(found / 3000)
+
+
+def test_accesses_are_in_the_order_of_decoding():
+    ids = torch.tensor([[[0, 1], [2, 3]], [[1, 0], [3, 2]]], dtype=torch.int16)  # (L = 2, T = 2, K = 2)
+    pool, private = (types.SimpleNamespace(banks=banks, layers=[Layer(i, None, None, None, 4, 2) for i in (0, 1)])
+                     for banks in ([[0, 1]], [[0], [1]]))
+    assert probe.accesses(pool, ids).tolist() == [0, 1, 1, 0, 2, 3, 3, 2]
+    assert probe.accesses(private, ids).tolist() == [0, 1, 5, 4, 2, 3, 7, 6]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Samples.
+
+def test_samples(tmp_path, data):
+    folder = save_checkpoint(random_model(**OURS["infmoe"] | dict(infmoe_depth=2, infmoe_mean_from=1)), tmp_path / "x", data)
+    rows = run(tmp_path, out_dir=folder, samples=(1, 2, 5), tokens=512)["rows"]
+    subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=512, device="cpu"))
+    assert [row["K"] for row in rows] == [1, 2, 5, "z = mu"] and rows[1]["loss_change"] == 0
+    for row, change in zip(rows, (dict(n_samples=1), dict(n_samples=2), dict(n_samples=5), dict(n_samples=2, mean=True))):
+        subject.model.set_samples(**change)
+        assert row["loss"] == pytest.approx(probe.held_out(subject, ProbeConfig())[:, 0].mean(), abs=1e-5)
+
+
+def test_samples_are_as_before_afterwards():
+    subject = subject_of(random_model(**OURS["infmoe"]))
+    before = probe.held_out(subject, ProbeConfig())
+    probe.samples(subject, ProbeConfig(samples=(4,)), lambda *_: None)
+    assert np.array_equal(probe.held_out(subject, ProbeConfig()), before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. The command line.
+
+def command(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["probe.py", *argv])
+    probe.main()
+
+
+@pytest.mark.parametrize("argv, files, words", [
+    ([], {"random_router", "routing"}, "layer"),
+    (["--random-router-from", "3", "--seeds=1"], {"random_router"}, "3 "),
+    (["--random-router-from", "--seeds", "1"], {"random_router"}, "mean"),
+    (["--random_router_from=0", "--seeds=1", "--all-at-once"], {"random_router"}, "together"),
+    (["--routing", "--overlap", "--pathways"], {"routing", "overlap", "pathways"}, "by graph partition"),
+])
+def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(random_model(n_layer=1), tmp_path / "out" / "older", data)
+    import os
+    os.utime(tmp_path / "out" / "older" / "ckpt.pt", (1, 1))
+    save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "out" / "newer", data)
+    command(monkeypatch, "--tokens=256", "--device=cpu", *argv)
+    printed = capsys.readouterr().out
+    assert words in printed and "out/newer" in printed
+    assert {path.stem for path in (tmp_path / "out" / "newer").glob("*.json")} == files
+    for name in files:
+        assert json.loads((tmp_path / "out" / "newer" / f"{name}.json").read_text())["held_out_tokens"] == 256
+        assert (tmp_path / "out" / "newer" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("settings, argv, words", [
+    ({}, ["--routing"], "is dense"),
+    (TOPK, ["--random-router-from", "4"], "random_router_from=4 leaves nothing to randomise"),
+    (TOPK, ["--random-router-from=-1"], "leaves nothing"),
+    (TOPK | dict(top_k=3), ["--random-router-from", "--choice=matched", "--matched_experts=2"], "raise --matched_experts"),
+    (TOPK, ["--samples=1,2"], "draws none"),
+    (TOPK, ["--samples=0"], "samples=(0,)"),
+    (TOPK, ["--pathways", "--devices=7"], "devices=7"),
+    (TOPK, ["--dataset=nowhere"], "no data in 'nowhere'"),
+    (TOPK, ["--random-router-form=3"], "did you mean --random_router_from"),
+    (TOPK, ["--hf=x"], "one model at a time"),
+    (OURS["infmoe"], ["--random-router-from", "--choice=matched"], "infmoe has neither"),
+    (OURS["infmoe"], ["--pathways"], "discrete experts"),
+    (OURS["infmoe"] | dict(infmoe_mean=True), ["--samples=2"], "draws none"),
+])
+def test_mistakes_are_one_line(settings, argv, words, tmp_path, data, monkeypatch, capsys):
+    folder = save_checkpoint(random_model(**settings), tmp_path / "x", data)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, f"--out_dir={folder}", "--tokens=64", "--device=cpu", *argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_nothing_to_probe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argv, words in ((["--routing"], "no checkpoint under out/"), (["--hf=x"], "--hf needs --dataset")):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, *argv)
+        assert words in capsys.readouterr().err
+
+
+def test_a_text_file_as_dataset(tmp_path, data):
+    text = tmp_path / "notes.txt"
+    text.write_text("def f(x):\n    return x\n" * 40)
+    folder = save_checkpoint(random_model(**TOPK), tmp_path / "ours", data)
+    windows = probe.load_ours(ProbeConfig(out_dir=folder, dataset=str(text), tokens=300, device="cpu")).windows
+    ids = list(text.read_bytes())[:301]
+    assert windows.tolist() == [ids[i:i + CONTEXT + 1] for i in range(0, 300 - CONTEXT + 1, CONTEXT)]
+
+
+def test_without_matplotlib(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run(tmp_path, out_dir=save_checkpoint(random_model(**TOPK), tmp_path / "ours", data), routing=True, tokens=64)
+    assert 'pip install "nanoexperts[plot]"' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", OURS)
+def test_every_probe_of_every_flavour(flavour, tmp_path, data, monkeypatch, capsys):
+    folder = save_checkpoint(random_model(**OURS[flavour]), tmp_path / "x", data)
+    argv = ["--random-router-from", "--routing", "--overlap"] + (["--samples=1,4"] if flavour == "infmoe" else ["--pathways"])
+    command(monkeypatch, f"--out_dir={folder}", "--tokens=512", "--device=cpu", *argv)
+    assert capsys.readouterr().out.count("wrote ") == 4
