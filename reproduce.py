@@ -252,14 +252,14 @@ def run_one(size, name, seed):
               "seconds": round(float(last["seconds"]), 1), "hardware": hardware(), "torch": torch.__version__, "commit": commit(),
               "routing": {k: round(float(last[k]), 5) for k in ROUTING_COLUMNS if last.get(k)},
               "curve": [[int(r["tokens"]), round(float(r["seconds"]), 1), round(float(r["val_loss"]), 5)] for r in rows],
-              "measures": {k: round(v, 6) for k, v in measure(model, settings, RUNS.get(name, ("", {}))[0]).items()}}
+              "measures": {k: round(v, 6) for k, v in measure(model, settings, folder, RUNS.get(name, ("", {}))[0]).items()}}
     path = record_path(size, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def measure(model, settings, claims):
+def measure(model, settings, folder, claims):
     """What the claims ask of a trained model beside its loss, on 64 held-out windows."""
     import torch
 
@@ -287,6 +287,23 @@ def measure(model, settings, claims):
             found["overlap"] = mean(moe.overlap(a).item() for a in kept)
         if model.config.pool_groups == 1:
             found["unique experts"] = moe.unique_experts(torch.stack([r.ids for r in routings])).item()
+    return found | (probe_losses(folder, settings) if "g" in claims else {})
+
+
+def probe_losses(folder, settings):
+    """UniPool's routing probe: how much the loss rises when one layer of the deep half chooses at random; mean over layers."""
+    import probe
+    config = probe.ProbeConfig(out_dir=str(folder), dataset=settings["dataset"], random_router_from=True, choice="both",
+                               controls="none", seeds=2)
+    subject, found = probe.load_ours(config), {}
+    layers, base = probe.layers_from(subject, True), probe.held_out(subject, config)[:, 0].mean()
+    for how, among, seeds in probe.interventions(subject, config).values():
+        rises = []
+        for layer in layers:
+            for seed in range(seeds):
+                with probe.rerouted(subject, [layer], how, seed, among):
+                    rises.append(probe.held_out(subject, config)[:, 0].mean() - base)
+        found["random, matched" if among else "random, all"] = float(mean(rises))
     return found
 
 
@@ -496,8 +513,8 @@ def report(size):
     base = SIZES[size]
     lines = [f"# What holds at {size} size", "",
              f"Written by `python reproduce.py --report --size={size}` from results/runs/. {base['arch']} blocks, "
-             f"{base['n_layer']} layers (12 where it says so), width {base['d_model']}, context {base['block_size']}, {base['dataset']}; "
-             f"loss in nats per {'byte' if size == 'cpu' else 'token'} on {base['eval_tokens']:,} held-out tokens. "
+             f"{base['n_layer']} layers (12 where it says so), width {base['d_model']}, context {base['block_size']}, "
+             f"{base['dataset']}; loss in nats per {'byte' if size == 'cpu' else 'token'} on {base['eval_tokens']:,} held-out tokens. "
              f"{len(records)} runs on {'; '.join(machines)}; commits {', '.join(commits)}.", "",
              "The left side is claimed to be below the right one. Paired over seeds; \"holds\" and \"does not hold here\"",
              "mean that the 95 % t-interval of the paired difference lies on one side of zero, \"undecided\" that it does not,",
