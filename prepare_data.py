@@ -46,6 +46,7 @@ from tqdm import tqdm
 from configurator import fail, parse
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+VOCABULARY = Path(__file__).resolve().parent / ".cache" / "tiktoken"  # GPT-2's, for machines without a network
 
 
 @dataclass
@@ -107,12 +108,14 @@ class Tokenizer:
 def get_tokenizer(spec):
     """spec: "bytes" (257 ids), "gpt2" (50257), or the path of a .tiktoken rank file. -> Tokenizer; ValueError."""
     if spec == "gpt2":
+        if VOCABULARY.is_dir():
+            os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(VOCABULARY))
         try:
             return Tokenizer(spec, tiktoken.get_encoding("gpt2"))
         except Exception as error:  # tiktoken downloads the vocabulary on first use: whatever the network throws
             raise ValueError(
-                f"GPT-2's vocabulary is not here and cannot be downloaded ({type(error).__name__}): run once with a "
-                "network, or point TIKTOKEN_CACHE_DIR at another machine's, or use --tokenizer=bytes"
+                f"GPT-2's vocabulary is not here and cannot be downloaded ({type(error).__name__}): run once where "
+                f"there is a network with TIKTOKEN_CACHE_DIR={VOCABULARY} and copy that folder, or use --tokenizer=bytes"
             ) from None
     ranks = {bytes([i]): i for i in range(256)} if spec == "bytes" else read_ranks(Path(spec))
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # how GPT-2 splits text
@@ -399,7 +402,7 @@ def parquet_rows(path, text_key):
     if "string" not in (kind := str(table.schema_arrow.field(text_key).type)):
         raise ValueError(f"the column '{text_key}' holds {kind}, not text (--text_key)")
     for rows in table.iter_batches(batch_size=256, columns=[text_key]):
-        yield rows.column(0).to_pylist(), path.stat().st_size * len(rows) / table.metadata.num_rows
+        yield rows.column(0).to_pylist(), path.stat().st_size * len(rows) // table.metadata.num_rows
 
 
 def json_lines(path, text_key):

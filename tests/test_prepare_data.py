@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -852,3 +853,28 @@ def test_soak_of_kills(tmp_path, gpt2):
             process.communicate()
         run_script("fineweb", f"--out_dir={tmp_path / 'out'}", *arguments, check=0, **hub.env)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm")
+
+
+@pytest.mark.slow
+def test_throughput(tmp_path, gpt2, capsys):
+    """CPU seconds of a preparation against bare tiktoken on the same text, in turn: at least 90 %, start of workers aside."""
+    seconds = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    text = "".join(Path(file.name).read_text() for file in prepare_data.list_files("stdlib", DataConfig()))
+    documents = [text[i : i + 3000] for i in range(0, len(text), 3000)]
+    write(tmp_path / "all.parquet", parquet(documents))
+    write(tmp_path / "all.jsonl.zst", zstandard.compress(jsonl(documents)))
+    write(tmp_path / "nothing.jsonl", jsonl(["two", "documents"]))
+    spent = collections.defaultdict(list)
+    for name in ("nothing.jsonl", "all.parquet", "all.jsonl.zst") * 3:
+        begin = seconds()
+        make(tmp_path / name, tmp_path / "out", tokenizer="gpt2", workers=2, overwrite=True)
+        spent[name].append(seconds() - begin)
+        begin = seconds()
+        gpt2.encoding.encode_ordinary_batch(documents, num_threads=2)
+        spent["bare"].append(seconds() - begin)
+    median = {name: float(np.median(values)) for name, values in spent.items()}
+    for name in ("all.parquet", "all.jsonl.zst"):
+        ratio = median["bare"] / (median[name] - median["nothing.jsonl"])
+        with capsys.disabled():
+            print(f"\n{name}: {ratio:.0%} of bare tiktoken", end="")
+        assert ratio > 0.9
