@@ -13,10 +13,7 @@ this machine; `auto` does the same once, on a small case, before it first trusts
 """
 
 import functools
-import math
 import os
-import shutil
-import time
 import warnings
 
 import torch
@@ -465,10 +462,10 @@ def _experts_setup(ctx, inputs, output):
 
 
 def _experts_autograd(ctx, dy, _, d_acts):
-    saved = ctx.saved_tensors  # once: checkpointed blocks hand them out a single time
-    dy = torch.zeros_like(saved[0]) if dy is None else dy.contiguous()
+    x = ctx.saved_tensors[0]
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     d_acts = None if d_acts is None else d_acts.contiguous()
-    dx, d_weights, dw_in, dw_out = experts_backward_op(dy, d_acts, *saved, ctx.activation, ctx.backend)
+    dx, d_weights, dw_in, dw_out = experts_backward_op(dy, d_acts, *ctx.saved_tensors, ctx.activation, ctx.backend)
     return dx, d_weights, None, None, dw_in, dw_out, None, None, None, None
 
 
@@ -550,30 +547,414 @@ def check_triton(x):
         raise ValueError('backend "triton": float64 is not supported; use backend="loop"')
 
 
-def trusted(device, dtype): return True
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Masks: exactly the n largest of a row. A row's choice fits in two numbers: a value and, among entries equal to it, the
+# last column that is kept. The backward pass recomputes scores from z and needs no more than that: no mask is stored.
 
 
-# ---------------------------------------------------------------------------------------------------- masked FFN
+def kept(scores, value, cut):
+    """scores (R, F), value (R,), cut (R,) -> bool (R, F): above the value, or equal and not beyond the cut."""
+    value, column = value.unsqueeze(-1), torch.arange(scores.shape[-1], device=scores.device)
+    return (scores > value) | ((scores == value) & (column <= cut.unsqueeze(-1)))
 
 
-def topn_mask(scores, n_keep):
-    """Keep the n_keep largest entries of the last dim (raw value), 0 elsewhere; exactly n_keep, ties to the lowest index."""
-    chosen = scores.argsort(dim=-1, descending=True, stable=True)[..., :n_keep]
-    keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
-    return torch.where(keep, scores, 0)
+def thresholds_reference(scores, n_keep):
+    """scores (R, F) -> value (R,), cut (R,) int32: what `kept` needs to keep the n_keep largest, ties to the lowest column."""
+    value = scores.kthvalue(scores.shape[-1] - n_keep + 1, dim=-1, keepdim=True).values
+    tie = scores == value
+    wanted = n_keep - (scores > value).sum(-1, keepdim=True)  # so many of the ties are kept
+    last = tie & (tie.cumsum(-1, dtype=torch.int32) == wanted)
+    return value.squeeze(-1), last.to(torch.uint8).argmax(-1).to(torch.int32)
+
+
+@jit
+def row_threshold(s, column, n_keep, LAST: tl.constexpr, LOW: tl.constexpr):
+    """
+    s: one row in registers, fp32 -> the value and cut of its n_keep largest entries.
+
+    An fp32 number's bits, read as an integer (negative numbers mirrored), are ordered like the number. So the n-th
+    largest is found bit by bit from the top: set a bit, count the row, keep the bit if enough entries are as large.
+    LOW bits at the end are empty in scores that were 16-bit numbers, and are skipped.
+    """
+    key = tl.where(s == 0, 0.0, s).to(tl.int32, bitcast=True)  # -0.0 is 0.0
+    key = (key ^ ((key >> 31) & 0x7FFFFFFF)) >> LOW
+    lowest: tl.constexpr = -(1 << (31 - LOW))
+    level = tl.where(tl.sum((key >= 0).to(tl.int32)) >= n_keep, 0, lowest)
+    for bit in range(31 - LOW):
+        higher = level + (1 << (30 - LOW - bit))
+        level = tl.where(tl.sum((key >= higher).to(tl.int32)) >= n_keep, higher, level)
+    tie = key == level
+    wanted = n_keep - tl.sum((key > level).to(tl.int32))
+    cut = tl.full((), LAST, tl.int32)
+    if tl.sum(tie.to(tl.int32)) > wanted:  # more entries share the value than may be kept: the first ones win
+        cut = tl.max(tl.where(tie & (tl.cumsum(tie.to(tl.int32)) <= wanted), column, -1))
+    return tl.max(tl.where(tie, s, float("-inf"))), cut
+
+
+@jit
+def mask_kernel(
+    scores, h, out, value_out, cut_out, n_keep, K,                 # (T, K, F), (T, F or 2F), (T, F), (T, K), (T, K)
+    F: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """out[t] = act(h[t]) * 1/K sum_k topn(scores[t, k]) in one pass over a row. ACTIVATION may
+    also be "none", for the mask alone, or "thresholds", for the values and cuts alone."""
+    t = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < F
+    mask = tl.zeros((BLOCK,), tl.float32)
+    for k in range(K):
+        s = tl.load(scores + (t * K + k) * F + column, mask=inside, other=float("-inf")).to(tl.float32)
+        value, cut = row_threshold(s, column, n_keep, F, LOW)
+        mask += tl.where((s > value) | ((s == value) & (column <= cut) & inside), s, 0.0)
+        tl.store(value_out + t * K + k, value)
+        tl.store(cut_out + t * K + k, cut)
+    mask /= K
+    if ACTIVATION == "gelu" or ACTIVATION == "swiglu":
+        width: tl.constexpr = 2 * F if ACTIVATION == "swiglu" else F
+        gate = tl.load(h + t * width + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(h + t * width + F + column, mask=inside, other=0.0).to(tl.float32) if ACTIVATION == "swiglu" else gate
+        mask *= activate_tile(gate, up, ACTIVATION == "swiglu")
+    if ACTIVATION != "thresholds":
+        tl.store(out + t * F + column, mask.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def mask_backward_kernel(
+    grad, h, scores, value, cut, dh, K,                            # (T, F), (T, .), (T, K, F) in and d scores out, (T, K)
+    F: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """dh and, written over the scores, their gradient: grad * act(h) / K where an entry was kept."""
+    t = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < F
+    mask = tl.zeros((BLOCK,), tl.float32)
+    for k in range(K):
+        s = tl.load(scores + (t * K + k) * F + column, mask=inside, other=0.0).to(tl.float32)
+        v, c = tl.load(value + t * K + k), tl.load(cut + t * K + k)
+        mask += tl.where((s > v) | ((s == v) & (column <= c)), s, 0.0)
+    width: tl.constexpr = 2 * F if SWIGLU else F
+    gate = tl.load(h + t * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(h + t * width + F + column, mask=inside, other=0.0).to(tl.float32) if SWIGLU else gate
+    g = tl.load(grad + t * F + column, mask=inside, other=0.0).to(tl.float32) / K
+    act, d_gate, d_up = activate_backward_tile(gate, up, g * mask, SWIGLU)
+    tl.store(dh + t * width + column, d_gate.to(dh.dtype.element_ty), mask=inside)
+    if SWIGLU:
+        tl.store(dh + t * width + F + column, d_up.to(dh.dtype.element_ty), mask=inside)
+    for k in range(K):
+        place = scores + (t * K + k) * F + column
+        s = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        v, c = tl.load(value + t * K + k), tl.load(cut + t * K + k)
+        d = tl.where((s > v) | ((s == v) & (column <= c)), g * act, 0.0)
+        tl.store(place, d.to(scores.dtype.element_ty), mask=inside)
+
+
+@jit
+def decode_kernel(
+    x, mask, w_in, w_out_t, partial,                               # (T, D), (T, F), (F or 2F, D), (F, D), (T, blocks, D)
+    D: tl.constexpr, F: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """One token, BLOCK neurons: what they add to y. Rows of neurons that the mask leaves out are never read."""
+    t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    neuron = block * BLOCK + tl.arange(0, BLOCK)
+    m = tl.load(mask + t * F + neuron, mask=neuron < F, other=0.0)
+    d = tl.arange(0, BLOCK_D)
+    inside = (m != 0)[:, None] & (d < D)[None, :]
+    row = neuron[:, None] * D + d[None, :]
+    x_row = tl.load(x + t * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    h = tl.sum(tl.load(w_in + row, mask=inside, other=0.0).to(tl.float32) * x_row, 1)  # (BLOCK,)
+    up = tl.sum(tl.load(w_in + F * D + row, mask=inside, other=0.0).to(tl.float32) * x_row, 1) if SWIGLU else h
+    u = activate_tile(h, up, SWIGLU) * m
+    y = tl.sum(tl.load(w_out_t + row, mask=inside, other=0.0).to(tl.float32) * u[:, None], 0)  # (BLOCK_D,)
+    tl.store(partial + (t * tl.num_programs(1) + block) * D + d, y, mask=d < D)
+
+
+def launch_masks(scores, h, out, n_keep, activation):
+    """scores (T, K, F), h (T, .) or None, out (T, F) or None -> value (T, K) fp32, cut (T, K) int32; fills out."""
+    t, k, f = scores.shape
+    value, cut = scores.new_empty(t, k, dtype=torch.float32), scores.new_empty(t, k, dtype=torch.int32)
+    low = {torch.bfloat16: 16, torch.float16: 13}.get(scores.dtype, 0)
+    block = triton.next_power_of_2(f)
+    mask_kernel[(t,)](scores, value if h is None else h, value if out is None else out, value, cut, n_keep, k, F=f,
+                      ACTIVATION=activation, LOW=low, BLOCK=block, num_warps=min(32, max(4, block // 1024)))
+    return value, cut
+
+
+def triton_mask_forward(h, z, w_z, n_keep, activation):
+    scores, u = F.linear(z, w_z), h.new_empty(h.shape[0], w_z.shape[0])
+    return u, *launch_masks(scores, h, u, n_keep, activation)
+
+
+def triton_mask_backward(du, h, z, w_z, value, cut, activation):
+    t, k, f = *z.shape[:2], w_z.shape[0]
+    scores, dh = F.linear(z, w_z), torch.empty_like(h)  # (T, K, F)
+    block = min(1024, triton.next_power_of_2(f))
+    mask_backward_kernel[(t, triton.cdiv(f, block))](du, h, scores, value, cut, dh, k, F=f, SWIGLU=activation == "swiglu", BLOCK=block)
+    d_scores = scores.view(t * k, f)
+    return dh, (d_scores @ w_z).view_as(z), d_scores.T @ z.reshape(t * k, -1)
+
+
+# On a CPU: the same steps, in chunks of tokens that fit the cache, each loop compiled by torch.compile when it pays.
+
+
+def fused(f):
+    """f through torch.compile for large inputs; plain f, said once, where that fails (no C++ compiler)."""
+    state = {}
+
+    @functools.wraps(f)
+    def call(first, *others):
+        if first.numel() < 2**20 or first.is_cuda or state.get("failed"):
+            return f(first, *others)
+        state.setdefault("compiled", torch.compile(f, dynamic=True))
+        try:
+            return state["compiled"](first, *others)
+        except Exception as error:  # whatever a missing or broken compiler raises
+            state["failed"] = True
+            warnings.warn(f"torch.compile cannot build {f.__name__} ({type(error).__name__}): masks will be slower on this CPU", stacklevel=2)
+            return f(first, *others)
+    return call
+
+
+@fused
+def count_at_least(scores, level):
+    return (scores >= level.unsqueeze(-1)).sum(-1, dtype=torch.int32)
+
+
+@fused
+def mask_and_activate(scores, h, value, cut, activation):
+    return activate(h, activation) * torch.where(kept(scores, value, cut), scores, 0).mean(1).to(h.dtype)
+
+
+@fused
+def mask_backward(scores, du, h, value, cut, activation):
+    """scores (T, K, F), du (T, F), h (T, .) -> dh (T, .), d scores (T, K, F)."""
+    keep = kept(scores, value, cut)
+    mask = torch.where(keep, scores, 0).mean(1).to(h.dtype)
+    act, dh = activate_backward(h, du * mask, activation)
+    return dh, torch.where(keep, (du * act / scores.shape[1]).unsqueeze(1).to(scores.dtype), 0)
+
+
+def thresholds(scores, n_keep, steps=16):
+    """
+    thresholds_reference, with fewer looks at the scores (R, F): [low, high) always holds the level that n_keep entries
+    reach. It shrinks by interpolating the counts, every third time by halving; few rows are left for the reference.
+    """
+    if scores.numel() < 2**20 or scores.is_cuda:
+        return thresholds_reference(scores, n_keep)
+    low, high = scores.aminmax(dim=-1)  # (R,)
+    n_low, n_high = torch.full_like(low, scores.shape[-1]), torch.zeros_like(low)
+    for step in range(steps):
+        share = 0.5 if step % 3 == 2 else ((n_keep - n_high) / (n_low - n_high)).clamp(0.02, 0.98)
+        level = high - (high - low) * share
+        n = count_at_least(scores, level).to(level.dtype)
+        enough = n >= n_keep
+        low, n_low = torch.where(enough, level, low), torch.where(enough, n, n_low)
+        high, n_high = torch.where(enough, high, level), torch.where(enough, n_high, n)
+    cut = torch.full_like(low, scores.shape[-1], dtype=torch.int32)
+    open_rows = (n_low != n_keep).nonzero().squeeze(-1)
+    low[open_rows], cut[open_rows] = thresholds_reference(scores[open_rows], n_keep)
+    return low, cut
+
+
+def token_chunks(n_tokens, numbers_per_token):
+    size = max(1, 2**21 // numbers_per_token)
+    return [slice(i, i + size) for i in range(0, n_tokens, size)]
+
+
+def at_least_fp32(a):
+    return a.to(torch.promote_types(a.dtype, torch.float32))
+
+
+def cpu_mask_forward(h, z, w_z, n_keep, activation):
+    (t, k), f = z.shape[:2], w_z.shape[0]
+    z, w_z = at_least_fp32(z), at_least_fp32(w_z)
+    u, value, cut = h.new_empty(t, f), z.new_empty(t, k), z.new_empty(t, k, dtype=torch.int32)
+    for rows in token_chunks(t, k * f):
+        scores = F.linear(z[rows], w_z)  # (chunk, K, F)
+        level, last = thresholds(scores.view(-1, f), n_keep)
+        value[rows], cut[rows] = level.view(-1, k), last.view(-1, k)
+        u[rows] = mask_and_activate(scores, h[rows], value[rows], cut[rows], activation)
+    return u, value, cut
+
+
+def cpu_mask_backward(du, h, z, w_z, value, cut, activation):
+    (t, k), f = z.shape[:2], w_z.shape[0]
+    dtypes, z, w_z = (z.dtype, w_z.dtype), at_least_fp32(z), at_least_fp32(w_z)
+    dh, dz, dw_z = torch.empty_like(h), torch.empty_like(z), torch.zeros_like(w_z)
+    for rows in token_chunks(t, k * f):
+        scores = F.linear(z[rows], w_z)
+        dh[rows], d_scores = mask_backward(scores, du[rows], h[rows], value[rows], cut[rows], activation)
+        dz[rows] = d_scores @ w_z
+        dw_z.addmm_(d_scores.view(-1, f).T, z[rows].reshape(-1, z.shape[2]))
+    return dh, dz.to(dtypes[0]), dw_z.to(dtypes[1])
+
+
+@torch.library.custom_op("nanoexperts::masks", mutates_args=())
+def masks_op(h: torch.Tensor, z: torch.Tensor, w_z: torch.Tensor, n_keep: int, activation: str,
+             backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h (T, F or 2F), z (T, K, dz), w_z (F, dz) -> act(h) * mean_k topn(w_z z_k) (T, F), and the masks' value and cut (T, K)."""
+    with torch.autocast(h.device.type, enabled=False):
+        return (triton_mask_forward if use_triton(backend, h) else cpu_mask_forward)(h, z, w_z, n_keep, activation)
+
+
+@torch.library.custom_op("nanoexperts::masks_backward", mutates_args=())
+def masks_backward_op(du: torch.Tensor, h: torch.Tensor, z: torch.Tensor, w_z: torch.Tensor, value: torch.Tensor, cut: torch.Tensor,
+                      activation: str, backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.autocast(h.device.type, enabled=False):
+        return (triton_mask_backward if use_triton(backend, h) else cpu_mask_backward)(du, h, z, w_z, value, cut, activation)
+
+
+@masks_op.register_fake
+def _(h, z, w_z, n_keep, activation, backend):
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return h.new_empty(h.shape[0], w_z.shape[0]), z.new_empty(z.shape[:2], dtype=dtype), z.new_empty(z.shape[:2], dtype=torch.int32)
+
+
+@masks_backward_op.register_fake
+def _(du, h, z, w_z, value, cut, activation, backend):
+    return torch.empty_like(h), torch.empty_like(z), torch.empty_like(w_z)
+
+
+def _masks_setup(ctx, inputs, output):
+    h, z, w_z, _, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(h, z, w_z, *output[1:])
+
+
+def _masks_autograd(ctx, du, *_):
+    return *masks_backward_op(du.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.backend), None, None, None
+
+
+masks_op.register_autograd(_masks_autograd, setup_context=_masks_setup)
+
+
+@torch.library.custom_op("nanoexperts::thresholds", mutates_args=())
+def thresholds_op(scores: torch.Tensor, n_keep: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores (R, F) -> value (R,) in their dtype, cut (R,) int32."""
+    if not use_triton(backend, scores):
+        return thresholds(scores, n_keep)
+    value, cut = launch_masks(scores.unsqueeze(1), None, None, n_keep, "thresholds")
+    return value.squeeze(1).to(scores.dtype), cut.squeeze(1)
+
+
+@thresholds_op.register_fake
+def _(scores, n_keep, backend):
+    return scores.new_empty(scores.shape[0]), scores.new_empty(scores.shape[0], dtype=torch.int32)
+
+
+def topn_mask(scores, n_keep, backend="auto"):
+    """
+    Keep the n_keep largest entries of the last dim at their raw value, 0 elsewhere: exactly n_keep, ties to the lowest
+    index. scores (..., F) -> the same shape. The gradient passes through the kept entries; the choice has none.
+    """
+    if not 1 <= n_keep <= scores.shape[-1]:
+        raise ValueError(f"n_keep {n_keep}: expected 1 to {scores.shape[-1]}, the last dimension of scores")
+    rows = scores.reshape(-1, scores.shape[-1])
+    value, cut = thresholds_op(rows.detach().contiguous(), n_keep, backend)
+    return torch.where(kept(rows, value, cut), rows, 0).view(scores.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Decoding: few tokens, so time is reading weights. Only the active rows of w_in and columns of w_out are read.
+
+_transposed = WeakTensorKeyDictionary()
+
+
+def transposed(w):
+    """w (D, F) -> w.T contiguous, so that a column is one read. Kept while w lives and nobody writes to it."""
+    if w.T.is_contiguous() or w.is_inference():
+        return w.T.contiguous()
+    state = (w._version, w.data_ptr())
+    if w not in _transposed or _transposed[w][0] != state:
+        _transposed[w] = state, w.T.contiguous()
+    return _transposed[w][1]
+
+
+@torch.library.custom_op("nanoexperts::decode", mutates_args=())
+def decode_op(x: torch.Tensor, z: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, w_z: torch.Tensor, n_keep: int,
+              activation: str, backend: str) -> torch.Tensor:
+    """masked_ffn for a few tokens, without gradients."""
+    (t, k), f, d, w_out_t = z.shape[:2], w_z.shape[0], x.shape[1], transposed(w_out)
+    with torch.autocast(x.device.type, enabled=False):
+        scores = F.linear(z.to(w_z.dtype), w_z)  # (T, K, F)
+        if use_triton(backend, x):
+            mask, blocks = x.new_empty(t, f, dtype=torch.float32), triton.cdiv(f, 8)
+            launch_masks(scores, None, mask, n_keep, "none")
+            partial = x.new_empty(t, blocks, d, dtype=torch.float32)
+            decode_kernel[(t, blocks)](x, mask, w_in, w_out_t, partial, D=d, F=f, SWIGLU=activation == "swiglu", BLOCK=8,
+                                       BLOCK_D=triton.next_power_of_2(d))
+            return partial.sum(1).to(x.dtype)
+        value, cut = thresholds(scores.view(t * k, f), n_keep)
+        mask = torch.where(kept(scores, value.view(t, k), cut.view(t, k)), scores, 0).mean(1).to(x.dtype)  # (T, F)
+        active = mask.any(0).nonzero().squeeze(1)
+        rows = w_in.view(-1, f, d).index_select(1, active).flatten(0, 1).to(x.dtype)  # gate rows, then up rows
+        u = activate(F.linear(x, rows), activation) * mask.index_select(1, active)
+        return u @ w_out_t.index_select(0, active).to(x.dtype)
+
+
+@decode_op.register_fake
+def _(x, z, w_in, w_out, w_z, n_keep, activation, backend):
+    return torch.empty_like(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Masked FFN: the oracle and the dispatcher
+
+
+def masked_ffn_loop(x, z, w_in, w_out, w_z, n_keep, activation):
+    """The oracle: K whole FFNs, masks by a stable sort, as the paper writes it."""
+    y = 0
+    for scores in F.linear(z, w_z).unbind(1):  # (T, F) each
+        best = scores.argsort(dim=-1, descending=True, stable=True)[:, :n_keep]
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+        y = y + F.linear(activate(F.linear(x, w_in), activation) * torch.where(mask, scores, 0), w_out)
+    return y / z.shape[1]
 
 
 def masked_ffn(x, z, w_in, w_out, w_z, n_keep, activation, backend="auto"):
     """
-    Infinity-MoE's layer with the sum over samples moved inside W_2 (exact for masks that act after the activation):
-    y = w_out @ ( act(w_in x) * (1/K) sum_k topn_mask(w_z z_k, n_keep) )          (arXiv 2601.17680)
+    Infinity-MoE's layer with the sum over samples moved inside W_2, exact because the masks act after the activation:
+    y = w_out @ ( act(w_in x) * (1/K) sum_k topn_mask(w_z z_k, n_keep) )          (arXiv 2601.17680; papers.md section 2)
 
-    x (T, D); z (T, K, dz); w_in (F, D) for "gelu", (2F, D) for "swiglu"; w_out (D, F); w_z (F, dz); n_keep None keeps
-    every raw value. Returns y (T, D).
+    x (T, D); z (T, K, dz); w_in (F, D) for "gelu", (2F, D) = [gate; up] rows for "swiglu"; w_out (D, F); w_z (F, dz);
+    n_keep 1..F entries of each mask keep their raw value; None keeps all. Returns y (T, D). Differentiable in all five
+    tensors. Without gradients, a few tokens (T <= 8) read only the active rows and columns of the weights. Under autocast
+    it computes in autocast's dtype. Raises ValueError where shapes do not fit.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, z, w_in, w_out, w_z = (a.to(dtype) for a in (x, z, w_in, w_out, w_z))
-    scores = F.linear(z, w_z)  # (T, K, F)
-    mask = (scores if n_keep is None else topn_mask(scores, n_keep)).mean(1)  # (T, F)
-    return F.linear(activate(F.linear(x, w_in), activation) * mask, w_out)
+    check_masked(x, z, w_in, w_out, w_z, n_keep, activation, backend)
+    f, samples = w_z.shape[0], z.shape[0] * z.shape[1]
+    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    x, z = x.to(autocast).contiguous(), z.contiguous()
+    if n_keep is not None and backend in ("auto", "triton") and z.shape[0] <= 8 and 1 - (1 - n_keep / f) ** samples < 0.6 \
+            and not (torch.is_grad_enabled() and any(a.requires_grad for a in (x, z, w_in, w_out, w_z))):
+        return decode_op(x, z, w_in, w_out, w_z, n_keep, activation, backend)
+    if x.is_cuda or n_keep is None:
+        z, w_z = z.to(autocast), w_z.to(autocast)
+    if backend == "loop" and n_keep is not None:
+        return masked_ffn_loop(x, z.to(autocast), w_in, w_out, w_z, n_keep, activation)
+    h = F.linear(x, w_in.to(autocast))  # (T, F or 2F)
+    if n_keep is None:  # then the mask is linear in z
+        return F.linear(activate(h, activation) * F.linear(z.mean(1), w_z), w_out.to(autocast))
+    return F.linear(masks_op(h, z, w_z, n_keep, activation, backend)[0], w_out.to(autocast))
+
+
+def check_masked(x, z, w_in, w_out, w_z, n_keep, activation, backend):
+    if activation not in ("gelu", "swiglu"):
+        raise ValueError(f"activation {activation!r}: expected gelu or swiglu")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if x.dim() != 2 or z.dim() != 3 or z.shape[0] != x.shape[0]:
+        raise ValueError(f"x {tuple(x.shape)}, z {tuple(z.shape)}: expected (T, D) and (T, K, dz)")
+    f, d = w_z.shape[0], x.shape[1]
+    expected = {"w_in": (f * (2 if activation == "swiglu" else 1), d), "w_out": (d, f), "w_z": (f, z.shape[2])}
+    for name, w in (("w_in", w_in), ("w_out", w_out), ("w_z", w_z)):
+        if tuple(w.shape) != expected[name]:
+            raise ValueError(f"{name} {tuple(w.shape)}: expected {expected[name]} for {activation}, x {tuple(x.shape)}, z {tuple(z.shape)}")
+    if n_keep is not None and not 1 <= n_keep <= f:
+        raise ValueError(f"n_keep {n_keep}: expected 1 to {f} (rows of w_z), or None for no selection")
+    if backend == "triton":
+        check_triton(x)
+        if f > 65536:
+            raise ValueError(f'backend "triton": F = {f}, but a row of at most 65536 fits the registers; use backend="grouped"')
+
+
+def trusted(device, dtype):
+    return True
