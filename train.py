@@ -478,6 +478,8 @@ def memory_per_rank(m, c, n_ranks):
     wide, narrow = (4, 4) if c.dtype == "float32" else (3, 2)  # bytes: with autocast the residual stream stays float32
     chosen, gpt2 = (m.top_k or 1) + (m.n_shared_experts or 0), m.arch == "gpt2"
     ffn = (2 if gpt2 else 4) * (m.d_expert or m.d_ff) + 2 * m.d_model
+    if m.top_k:  # their backward runs the activation again
+        ffn //= 2
     block = wide * (8 if gpt2 else 12) * m.d_model + narrow * chosen * ffn  # bytes per token
     kept = block + 4 * m.d_model * m.n_layer if c.recompute else block * m.n_layer
     activations = c.micro_batch * m.block_size * (kept + m.vocab_size * (narrow + 8))  # logits, their float32 copy, its gradient
@@ -595,7 +597,8 @@ def loop(run, first, before, stop, trackers, say):
         if stopped:
             break
     bar.close()
-    return result | {"finished": step == c.max_steps, "signal": stop[0] if stop else signal.SIGTERM}
+    finished = step == c.max_steps
+    return result | {"finished": finished, "signal": None if finished else stop[0] if stop else signal.SIGTERM}
 
 
 def due(step, every, config):

@@ -56,9 +56,9 @@ def environment(**more):
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
 
 
-def run(command, cwd=None, **more):
+def run(command, cwd=None, timeout=300, **more):
     """-> CompletedProcess, output as text"""
-    return subprocess.run(command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=180)
+    return subprocess.run(command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=timeout)
 
 
 def read_rows(out):

@@ -1,0 +1,744 @@
+"""train.py and machine.py in one process. Most runs happen inside this one: a tiny run takes a fifth of a second."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from train_helpers import (
+    FLAVOURS,
+    PYTHON,
+    ROOT,
+    SIZE,
+    TRAINING,
+    assert_same_run,
+    assert_same_state,
+    checkpoint,
+    environment,
+    make_data,
+    read_rows,
+    run,
+    timeless,
+    train_command,
+)
+
+import machine
+import train
+from model import GPT, ModelConfig
+from prepare_data import ShardReader, write_shard
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("corpus") / "data")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """It takes longer than a tiny run."""
+    if "picture" not in request.node.name and "files_of" not in request.node.name:
+        monkeypatch.setattr(train, "draw_loss", lambda out_dir: False)
+
+
+def configs(data, out, flavour="dense", **changes):
+    """-> ModelConfig, TrainConfig of a tiny run"""
+    chosen = SIZE | FLAVOURS[flavour] | TRAINING | dict(vocab_size=257, dataset=str(data), out_dir=str(out), quiet=True) | changes
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    return (ModelConfig(**{k: v for k, v in chosen.items() if k in names}),
+            train.TrainConfig(**{k: v for k, v in chosen.items() if k not in names}))
+
+
+def tiny_run(data, out, flavour="dense", **changes):
+    return train.train(*configs(data, out, flavour, **changes))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """train.py's main with a command line -> (exit code, stdout, stderr)"""
+    def call(data, out, flavour="dense", **changes):
+        monkeypatch.setattr(sys, "argv", train_command(data, out, flavour, **changes)[1:])
+        code = 0
+        try:
+            train.main()
+        except SystemExit as leave:
+            code = leave.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+class Crash(BaseException):
+    """What a kill looks like from inside: nothing below main catches it."""
+
+
+def crash_after(monkeypatch, step):
+    """The process dies once the row of `step` is written, before a checkpoint of it."""
+    real = train.log_row
+
+    def dying(path, row):
+        real(path, row)
+        if row["step"] == step:
+            raise Crash
+
+    monkeypatch.setattr(train, "log_row", dying)
+    return lambda: monkeypatch.setattr(train, "log_row", real)
+
+
+def run_crash_resume(data, out, flavour, monkeypatch, step, **changes):
+    heal = crash_after(monkeypatch, step)
+    with pytest.raises(Crash):
+        tiny_run(data, out, flavour, **changes)
+    heal()
+    return tiny_run(data, out, flavour, init_from="resume", **changes)
+
+
+# ---- 1. the arithmetic of a step
+
+
+def test_learning_rate():
+    config = train.TrainConfig(lr=1.0, min_lr=0.2, warmup_steps=4, max_steps=12)
+    assert [train.lr_at(config, s) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]  # linear, and never 0
+    assert train.lr_at(config, 4) == 1.0 and train.lr_at(config, 8) == pytest.approx(0.6)  # the top and the middle of the cosine
+    assert train.lr_at(config, 12) == pytest.approx(0.2) and train.lr_at(config, 99) == pytest.approx(0.2)  # and past its end
+    assert train.lr_at(train.TrainConfig(lr=1.0, warmup_steps=0, max_steps=1), 0) == 1.0  # no warm-up, one step
+    assert train.lr_at(train.TrainConfig(lr=1.0, warmup_steps=0, max_steps=4), 4) == pytest.approx(0.1)  # min_lr None: a tenth
+
+
+def test_accumulation_names_both_numbers_and_one_that_works():
+    config = train.TrainConfig(batch_tokens=96, micro_batch=2)
+    assert train.accumulation_steps(config, 16, 1) == 3
+    assert train.accumulation_steps(config, 16, 3) == 1
+    with pytest.raises(ValueError, match=r"batch_tokens=96 is not a multiple of 64 .*try 128"):
+        train.accumulation_steps(config, 16, 2)
+
+
+def test_decay_on_what_multiplies(data, tmp_path):
+    """Matrices and stacked experts decay; norms, biases, NormRouter's sigma do not; every parameter is in one group."""
+    for flavour in FLAVOURS:
+        ranks = machine.Ranks(0, 1, torch.device("cpu"))
+        holder = train.Run(*configs(data, tmp_path, flavour), None, ranks)
+        decayed, plain = (set(map(id, group["params"])) for group in holder.optimizer.param_groups)
+        for name, p in holder.model.named_parameters():
+            leave_out = name.endswith(("bias", "sigma")) or "norm" in name.split(".")[-2]
+            assert (id(p) in plain) == leave_out and (id(p) in decayed) != leave_out, (flavour, name)
+        assert holder.optimizer.param_groups[0]["fused"]
+
+
+def test_flops():
+    """By hand: 6 N + 12 L D S; a token of a mixture counts top_k experts."""
+    dense = ModelConfig(n_layer=3, n_head=2, d_model=8, block_size=10)
+    assert train.flops_per_token(dense) == 6 * dense.n_params() + 12 * 3 * 8 * 10
+    moe = ModelConfig(n_layer=3, n_head=2, d_model=8, block_size=10, flavour="switch", n_experts=4, bias=False)
+    idle = 3 * 3 * (8 * 32 + 32 * 8)  # three layers, three idle experts
+    assert train.flops_per_token(moe) == 6 * (moe.n_params() - idle) + 12 * 3 * 8 * 10
+
+
+def test_dtype_and_compile_by_device_and_size():
+    config, cpu, cuda = train.TrainConfig(), torch.device("cpu"), torch.device("cuda")
+    assert machine.pick_compile(config, cpu, 1e6)[0] is False  # tiny: overhead
+    assert machine.pick_dtype(config, cpu, compiled=False)[0] == torch.float32
+    assert machine.pick_compile(train.TrainConfig(compile="true"), cpu, 1e6) == (True, "as asked")
+    assert machine.pick_compile(train.TrainConfig(shard="fsdp"), cuda, 1e9)[0] is False
+    assert machine.pick_dtype(train.TrainConfig(dtype="float16"), cpu, False)[0] == torch.float16
+    assert all(reason for _, reason in (machine.pick_compile(config, d, 1e9) for d in (cpu, cuda, torch.device("mps"))))
+
+
+def literal_training(model_config, config, data):
+    """The same training as plain as can be: unfused AdamW, no accumulation, losses as they come."""
+    torch.manual_seed(config.seed)
+    model = GPT(model_config).train()
+    decay = [p for n, p in model.named_parameters() if p.ndim > 1]
+    rest = [p for n, p in model.named_parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0}],
+                                  lr=config.lr, betas=(config.beta1, config.beta2))
+    reader = ShardReader(data, "train", model_config.block_size, seed=config.seed)
+    per_step, losses = config.batch_tokens // model_config.block_size, []
+    for step in range(config.max_steps):
+        windows = torch.from_numpy(reader.batch(step * per_step, per_step))
+        logits = model.eval()(windows[:, :-1]).logits  # evaluation: nothing but the logits
+        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1.0, config.grad_clip / norm)
+        done = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+        share = (step + 1) / config.warmup_steps if done < 0 else 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * share
+        optimizer.step()
+        losses.append((loss.item(), norm.item(), config.lr * share))
+    return model, losses
+
+
+def test_training_equals_a_literal_loop(data, tmp_path):
+    model_config, config = configs(data, tmp_path / "out", micro_batch=16)
+    train.train(model_config, config)
+    model, losses = literal_training(model_config, config, data)
+    rows = read_rows(tmp_path / "out")
+    got = [(float(r["train_loss"]), float(r["grad_norm"]), float(r["lr"])) for r in rows]
+    np.testing.assert_allclose(got, losses, rtol=2e-5)
+    weights = checkpoint(tmp_path / "out")["model"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_accumulation_equals_one_big_batch(data, tmp_path, flavour):
+    """n micro-steps give the loss and gradient of one batch, where no loss is a product of batch means (balance=none, or bias,
+    whose statistics are added up). A balance loss of small batches is another number: that is said, and seen, below."""
+    off = {} if flavour in ("dense", "deepseek", "infmoe") else {"balance": "none"}
+    rows = []
+    for micro in (2, 16):
+        out = tmp_path / f"{micro}"
+        tiny_run(data, out, flavour, micro_batch=micro, max_steps=3, **off)
+        rows.append([[float(r[name] or 0) for name in ("train_loss", "grad_norm", "val_loss")] for r in read_rows(out)])
+    np.testing.assert_allclose(*rows, rtol=1e-5)
+
+
+def test_accumulated_balance_loss_is_of_the_micro_batch(data, tmp_path):
+    aux = []
+    for micro in (2, 16):
+        tiny_run(data, tmp_path / f"{micro}", "switch", micro_batch=micro, max_steps=1)
+        aux.append(float(read_rows(tmp_path / f"{micro}")[0]["aux_loss"]))
+    assert aux[0] > aux[1] > 0  # 32 tokens are less even than 256
+
+
+def test_each_step_sees_its_windows_and_keys(data, tmp_path, monkeypatch):
+    """Positions step * W + a * B on one rank, in order, each sequence with a key of its own that no other step has."""
+    seen, keys = [], []
+    batch, forward = ShardReader.batch, GPT.forward
+
+    def noting(self, tokens, targets, noise_key=None):
+        keys.extend([] if noise_key is None else noise_key.tolist())
+        return forward(self, tokens, targets, noise_key=noise_key)
+
+    monkeypatch.setattr(ShardReader, "batch", lambda self, first, n: seen.append((first, n)) or batch(self, first, n))
+    monkeypatch.setattr(GPT, "forward", noting)
+    tiny_run(data, tmp_path / "out", max_steps=2, micro_batch=8)
+    assert seen == [(0, 8), (8, 8), (16, 8), (24, 8)]
+    assert len(set(keys)) == 32 and min(keys) >= 0
+    first, keys[:] = list(keys), []
+    tiny_run(data, tmp_path / "other", max_steps=2, micro_batch=4)
+    assert keys == first  # whatever the micro-batch
+
+
+def test_recompute_changes_nothing(data, tmp_path):
+    for flavour in ("topk", "infmoe"):
+        for recompute in (False, True):
+            tiny_run(data, tmp_path / f"{flavour}{recompute}", flavour, recompute=recompute, dropout=0.1)
+        assert timeless(read_rows(tmp_path / f"{flavour}True")) == timeless(read_rows(tmp_path / f"{flavour}False"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_trains(data, tmp_path, dtype):
+    """float16 goes through the gradient scaler, whose state is saved; both stay near float32."""
+    out = tmp_path / "out"
+    result = tiny_run(data, out, "topk", dtype=dtype)
+    assert result["val_loss"] == pytest.approx(tiny_run(data, tmp_path / "float32", "topk")["val_loss"], rel=2e-3)
+    assert bool(checkpoint(out)["scaler"]) == (dtype == "float16")
+    assert tiny_run(data, out, "topk", dtype=dtype, init_from="resume", max_steps=8)["finished"]
+
+
+# ---- 2. what a run leaves behind
+
+
+def test_log_contract(data, tmp_path):
+    columns = None
+    for n_experts in (4, 9):  # the number of columns does not grow with the experts
+        out = tmp_path / f"{n_experts}"
+        tiny_run(data, out, "switch", n_experts=n_experts, max_steps=7, log_every=4)
+        rows = read_rows(out)
+        columns = columns or list(rows[0])
+        assert list(rows[0]) == columns
+    assert columns[:8] == ["step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm", "tokens_per_second"]
+    assert {"balance", "entropy", "max_share", "dead_share"} <= set(columns)
+    assert [r["step"] for r in rows] == ["3", "4", "6", "7"]  # every 4th, each validation, the last
+    assert [bool(r["val_loss"]) for r in rows] == [True, False, True, True]
+    assert checkpoint(out)["step"] == 7 and rows[-1]["tokens"] == str(7 * 256)
+    times = [float(r["seconds"]) for r in rows]
+    assert times == sorted(times) and times[0] > 0
+
+
+def test_validation_is_cross_entropy_of_a_fixed_slice(data, tmp_path):
+    """Equal to a loop over the first windows of the file, with auxiliary losses on; the batch size does not divide them."""
+    for flavour in ("topk", "infmoe"):
+        out = tmp_path / flavour
+        result = tiny_run(data, out, flavour, micro_batch=4, eval_tokens=16 * 10)
+        model = GPT.from_checkpoint(out)
+        windows = torch.from_numpy(ShardReader(data, "val", 16).sequential(0, 10))
+        with torch.no_grad():
+            losses = [F.cross_entropy(model(w[None, :-1]).logits[0], w[1:]).item() for w in windows]
+        assert result["val_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert tiny_run(data, tmp_path / "few", eval_tokens=10**9)["finished"]  # more than there is: all there is
+
+
+def test_files_of_a_finished_run(data, tmp_path, command):
+    code, out, err = command(data, tmp_path / "out", max_steps=4, tensorboard=False)
+    assert (code, err) == (0, "")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["ckpt.pt", "config.json", "log.csv", "loss.png"]
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    assert settings["model"]["d_model"] == 32 and settings["train"]["max_steps"] == 4
+    assert (tmp_path / "out/loss.png").read_bytes()[:4] == b"\x89PNG"
+    saved = checkpoint(tmp_path / "out")
+    assert saved["tokenizer"] == "bytes" and saved["model_config"] == settings["model"]
+    for part in ("4 micro-steps x 1 ranks x 4 sequences x 16", "float32 (as asked)", "no (as asked)", "finished 4 steps",
+                 f"python sample.py --out_dir={tmp_path / 'out'}", "nats per byte"):
+        assert part in out
+    code, out, err = command(data, tmp_path / "out", max_steps=4, init_from="resume")
+    assert code == 0 and "is finished: 4 of 4 steps" in out and err == ""
+
+
+def test_no_picture_without_matplotlib(data, tmp_path, monkeypatch):
+    find = train.importlib.util.find_spec
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert tiny_run(data, tmp_path / "out", quiet=False)["finished"]
+    assert not (tmp_path / "out/loss.png").exists()
+
+
+def test_no_global_state_is_left(data, tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), torch.get_rng_state()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    tiny_run(data, tmp_path / "out", "infmoe", dropout=0.1)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
+    assert not torch.distributed.is_initialized()
+
+
+def test_trackers_get_the_rows(data, tmp_path, monkeypatch):
+    rows = []
+
+    class Board:
+        def __init__(self, folder):
+            rows.append(folder)
+
+        def add_scalar(self, name, value, step):
+            rows.append((name, step))
+
+        def close(self):
+            rows.append("closed")
+
+    fake = type(sys)("tensorboard")
+    fake.SummaryWriter = Board
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    tiny_run(data, tmp_path / "out", max_steps=2, tensorboard=True)
+    assert rows[0] == str(tmp_path / "out") and ("train_loss", 1) in rows and ("val_loss", 2) in rows and rows[-1] == "closed"
+    assert ("val_loss", 1) not in rows
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r'wandb is not installed: pip install "nanoexperts\[log\]"'):
+        tiny_run(data, tmp_path / "w", wandb="project")
+
+
+# ---- 3. resuming
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_resume_is_bit_for_bit(data, tmp_path, monkeypatch, flavour):
+    """Crashed after step 5 was logged and step 4 saved, in the middle of an epoch and across its end (250 windows, 16 a step)."""
+    settings = dict(max_steps=18, save_every=4, dropout=0.1)
+    tiny_run(data, tmp_path / "whole", flavour, **settings)
+    run_crash_resume(data, tmp_path / "broken", flavour, monkeypatch, step=5, **settings)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_resume_with_path_coupling_and_specialization(data, tmp_path, monkeypatch):
+    """Running path estimates and selection biases are state, too; they sit in buffers."""
+    settings = dict(coupling_coef=1e-3, coupling="path", specialization_coef=2e-3, balance="bias", z_coef=0.0)
+    tiny_run(data, tmp_path / "whole", "topk", **settings)
+    run_crash_resume(data, tmp_path / "broken", "topk", monkeypatch, step=3, **settings)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    assert checkpoint(tmp_path / "whole")["model"]["paths"].std() > 0
+
+
+def test_torn_and_later_rows_are_dropped(data, tmp_path, monkeypatch):
+    tiny_run(data, tmp_path / "whole")
+    out = tmp_path / "broken"
+    heal = crash_after(monkeypatch, 5)
+    with pytest.raises(Crash):
+        tiny_run(data, out)
+    heal()
+    with open(out / "log.csv", "a") as f:
+        f.write("6,15")  # cut in the middle of a row
+    (out / "ckpt.pt.tmp").write_bytes(b"half a checkpoint")
+    tiny_run(data, out, init_from="resume")
+    assert_same_run(out, tmp_path / "whole")
+    assert not (out / "ckpt.pt.tmp").exists()
+
+
+@pytest.mark.parametrize("keep", [b"", b"step,to"])  # a crash before, and within, the header
+def test_trim_of_an_empty_log(tmp_path, keep):
+    (tmp_path / "log.csv").write_bytes(keep)
+    train.trim_log(tmp_path / "log.csv", 3)
+    assert (tmp_path / "log.csv").read_bytes() == b""
+    train.trim_log(tmp_path / "none.csv", 3)
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_resume_keeps_settings_and_says_what_changed(data, tmp_path, command):
+    command(data, tmp_path / "out", max_steps=2, lr=5e-4)
+    argv = ["train.py", f"--out_dir={tmp_path / 'out'}", "--init_from=resume", "--max_steps=4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as leave:
+            train.main()
+    assert leave.value.code == 0
+    saved = checkpoint(tmp_path / "out")
+    assert saved["step"] == 4 and saved["train_config"]["lr"] == 5e-4 and saved["train_config"]["batch_tokens"] == 256
+    code, out, _ = command(data, tmp_path / "out", init_from="resume", max_steps=6, weight_decay=0.3)
+    assert code == 0 and "max_steps was 4, is 6" in out and "weight_decay was 0.1, is 0.3" in out
+
+
+def test_overwrite_and_refusal(data, tmp_path, command):
+    out = tmp_path / "out"
+    tiny_run(data, out, max_steps=2)
+    before = (out / "ckpt.pt").read_bytes(), (out / "log.csv").read_bytes()
+    code, _, err = command(data, out)
+    assert code == 2 and "--init_from=resume goes on, --overwrite starts anew" in err and err.count("\n") == 1
+    assert ((out / "ckpt.pt").read_bytes(), (out / "log.csv").read_bytes()) == before
+    assert tiny_run(data, out, max_steps=3, overwrite=True)["finished"]
+    assert [r["step"] for r in read_rows(out)] == ["1", "2", "3"]
+
+
+def test_start_from_another_run(data, tmp_path):
+    """Weights and shape come along, optimizer and step do not; losses of the new run may be other ones."""
+    tiny_run(data, tmp_path / "a", "topk")
+    start = checkpoint(tmp_path / "a")
+    model_config, config = configs(data, tmp_path / "b", "topk", init_from=str(tmp_path / "a"), coupling_coef=1e-3,
+                                   coupling="path", max_steps=1, lr=0.0)
+    train.train(model_config, config)
+    assert checkpoint(tmp_path / "b")["step"] == 1
+    weights = checkpoint(tmp_path / "b")["model"]
+    assert_same_state({k: v for k, v in weights.items() if k != "paths"}, start["model"])  # lr 0: not a bit moved
+
+
+# ---- 4. faults: a defined outcome, one line, nothing harmed
+
+
+def assert_refused(result, *parts):
+    code, _, err = result
+    assert code == 2 and err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err, err
+    for part in parts:
+        assert part in err, err
+
+
+def test_mistakes_in_settings(data, tmp_path, command):
+    out = tmp_path / "out"
+    cases = [(dict(max_step=3), ["--max_step", "did you mean --max_steps"]),
+             (dict(batch_tokens=100), ["batch_tokens=100", "64"]), (dict(lr=-1), ["lr=-1"]), (dict(max_steps=0), ["max_steps=0"]),
+             (dict(min_lr=1), ["min_lr=1", "lr="]), (dict(device="gpu"), ["device=gpu"]),
+             (dict(shard="fsdp"), ["shard=fsdp", "torchrun"]), (dict(shard="fsdp", dtype="float16"), ["shard=fsdp", "dtype"]),
+             (dict(top_k=5), ["top_k=5", "n_experts=4"]),
+             (dict(vocab_size=100), ["vocab_size=100", "257"]), (dict(dataset=tmp_path / "none"), ["python prepare_data.py"]),
+             (dict(init_from="resume"), ["no checkpoint at"]), (dict(init_from=tmp_path / "none"), ["no checkpoint at"]),
+             (dict(block_size=700, batch_tokens=700, micro_batch=1), ["hold no window"])]
+    if not torch.cuda.is_available():
+        cases.append((dict(device="cuda"), ["device=cuda", "no GPU"]))
+    for changes, parts in cases:
+        assert_refused(command(data, out, "topk" if "top_k" in changes else "dense", **changes), *parts)
+    assert not out.exists()
+
+
+def test_damaged_data(tmp_path, command):
+    def fresh(name):
+        folder = make_data(tmp_path / name)
+        return folder, folder / "train_000001.bin"
+
+    folder, shard = fresh("truncated")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert_refused(command(folder, tmp_path / "out"), str(shard), "truncated")
+    folder, shard = fresh("foreign")
+    shard.write_bytes(b"PK\x03\x04" + bytes(3000))
+    assert_refused(command(folder, tmp_path / "out"), str(shard), "not a token shard")
+    folder, shard = fresh("beyond")
+    write_shard(shard, np.full(2000, 300, np.uint16))
+    assert_refused(command(folder, tmp_path / "out", max_steps=20), str(shard), "300", "257")
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated"])
+def test_shard_lost_in_training(data, tmp_path, command, monkeypatch, damage):
+    """It stops with the shard's name; with the shard back it goes on and ends as if nothing had been."""
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    shard, real = folder / "train_000001.bin", train.log_row
+
+    def lose(path, row):
+        real(path, row)
+        if row["step"] == 3:
+            whole = shard.read_bytes()
+            shard.unlink() if damage == "deleted" else shard.write_bytes(whole[: len(whole) // 2])
+
+    monkeypatch.setattr(train, "log_row", lose)
+    result = command(folder, out, max_steps=12)
+    monkeypatch.setattr(train, "log_row", real)
+    assert_refused(result, str(shard))
+    assert checkpoint(out)["step"] >= 2
+    shutil.copy(data / shard.name, shard)
+    tiny_run(folder, out, init_from="resume", max_steps=12)
+    tiny_run(data, tmp_path / "whole", max_steps=12)
+    assert_same_run(out, tmp_path / "whole")
+
+
+def test_damaged_checkpoints(data, tmp_path, command):
+    out = tmp_path / "out"
+    tiny_run(data, out, max_steps=2)
+    whole = (out / "ckpt.pt").read_bytes()
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    resume = dict(init_from="resume", max_steps=4)
+    torch.save({"model": Hostile(), "model_config": {}}, out / "hostile.pt")
+    for bad in (b"", whole[: len(whole) // 2], whole[:-1], b"not a checkpoint" * 100, pickle.dumps(Hostile()),
+                (out / "hostile.pt").read_bytes()):
+        (out / "ckpt.pt").write_bytes(bad)
+        assert_refused(command(data, out, **resume), str(out / "ckpt.pt"))
+        assert (out / "ckpt.pt").read_bytes() == bad
+    assert not (tmp_path / "harm").exists()
+    (out / "ckpt.pt").write_bytes(whole)
+    assert_refused(command(data, out, n_layer=1, **resume), "another model", "n_layer is 2 there, 1 here")
+    assert_refused(command(data, out, "switch", **resume), "another model", "flavour is dense there, switch here")
+    other = make_data(tmp_path / "other")
+    (other / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 257}))
+    assert_refused(command(other, out, **resume), "bytes", "gpt2", str(other))
+    assert command(data, out, **resume)[0] == 0
+
+
+def test_fuzzed_checkpoints(data, tmp_path, capsys):
+    """Random bytes changed anywhere: loaded, or refused in one line; never another exception, never code."""
+    out = tmp_path / "out"
+    model_config, config = configs(data, out, n_layer=1, max_steps=1)
+    train.train(model_config, config)
+    whole = (out / "ckpt.pt").read_bytes()
+    resume = dataclasses.replace(config, init_from="resume", max_steps=2)
+
+    @hypothesis_settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=30), st.booleans())
+    def fuzz(changes, head):
+        data = bytearray(whole)
+        for position, value in changes:
+            data[position % 4000 if head else -1 - position % 4000] = value  # where the pickle and the zip directory are
+        (out / "ckpt.pt").write_bytes(data)
+        with contextlib.suppress(ValueError, FloatingPointError):
+            train.train(model_config, resume)
+
+    fuzz()
+
+
+def test_nan_stops_with_the_last_checkpoint(data, tmp_path, command):
+    out = tmp_path / "out"
+    tiny_run(data, out, max_steps=2)
+    before = (out / "ckpt.pt").read_bytes()
+    result = command(data, out, init_from="resume", max_steps=9, lr=1e14, warmup_steps=0)
+    assert_refused(result, "step 4", "nan", str(out / "ckpt.pt"), "(step 2)")
+    assert (out / "ckpt.pt").read_bytes() == before
+    assert_refused(command(data, tmp_path / "new", lr=1e14, warmup_steps=0, save_every=0), "nan", "no checkpoint had been saved")
+
+
+def test_folder_that_cannot_be_written(data, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    assert_refused(command(data, tmp_path / "file/out"), "out_dir=", "cannot be written", "Not a directory")
+    if os.geteuid():  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert_refused(command(data, tmp_path / "closed/out"), "out_dir=", "Permission denied")
+
+
+def limit_files(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_disk_full_while_saving(data, tmp_path, monkeypatch):
+    """The checkpoint does not fit any more (a limit on file size, as a full disk would): one line, the old one survives."""
+    out = tmp_path / "out"
+    heal = crash_after(monkeypatch, 3)
+    with pytest.raises(Crash):
+        tiny_run(data, out)
+    heal()
+    before = (out / "ckpt.pt").read_bytes()
+    done = subprocess.run(train_command(data, out, init_from="resume"), env=environment(), capture_output=True, text=True,
+                          preexec_fn=limit_files(len(before) // 2))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "could not save step 4" in done.stderr and f"{out / 'ckpt.pt'} (step 2)" in done.stderr
+    assert (out / "ckpt.pt").read_bytes() == before and not (out / "ckpt.pt.tmp").exists()
+    tiny_run(data, out, init_from="resume")  # with room again
+    tiny_run(data, tmp_path / "whole")
+    assert_same_run(out, tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 480 kB: one checkpoint fits, two do not."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=480k", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder])
+
+
+def test_small_disk_and_read_only_disk(data, tmp_path, command, small_disk):
+    assert_refused(command(data, small_disk / "out"), "could not save step 4", "(step 2)")
+    assert checkpoint(small_disk / "out")["step"] == 2
+    assert subprocess.run(["mount", "-o", "remount,ro", small_disk]).returncode == 0
+    assert_refused(command(data, small_disk / "new"), "out_dir=", "Read-only file system")
+    assert_refused(command(data, small_disk / "out", init_from="resume"), "out_dir=", "Read-only file system")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(data, tmp_path, command, monkeypatch, number):
+    tiny_run(data, tmp_path / "whole")
+    real = train.log_row
+
+    def interrupted(path, row):
+        real(path, row)
+        if row["step"] == 3:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(train, "log_row", interrupted)
+    code, out, err = command(data, tmp_path / "out", save_every=0)
+    monkeypatch.setattr(train, "log_row", real)
+    assert code == 128 + number and err == ""
+    assert f"stopped by {number.name} after step 3" in out and f"--init_from=resume --out_dir={tmp_path / 'out'}" in out
+    assert checkpoint(tmp_path / "out")["step"] == 3
+    assert not train.train(*configs(data, tmp_path / "out", init_from="resume", save_every=0))["signal"]
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_compile_that_fails_is_one_line(data, tmp_path, command, monkeypatch):
+    def broken(*args, **kwargs):
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no compiler\nlong story"), None)
+
+    monkeypatch.setattr(GPT, "forward", broken)
+    assert_refused(command(data, tmp_path / "out"), "torch.compile failed", "--compile=false")
+
+
+def test_kills(tmp_path):
+    """The short form of soak.py: real processes, SIGKILL and SIGTERM, also while a checkpoint is being written."""
+    done = run([PYTHON, str(ROOT / "tests/soak.py"), "--kills=4", "--flavours=dense,infmoe", "--seed=3"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("equal") == 2 and "SIGKILL" in done.stdout
+
+
+@pytest.mark.slow
+def test_kills_of_every_flavour(tmp_path):
+    done = run([PYTHON, str(ROOT / "tests/soak.py"), "--kills=12"], cwd=tmp_path, timeout=1800)
+    assert done.returncode == 0 and done.stdout.count("equal") == len(FLAVOURS), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_memory_stays_level(tmp_path):
+    """One minute here; thirty by hand: python tests/soak.py --minutes=30"""
+    done = run([PYTHON, str(ROOT / "tests/soak.py"), "--minutes=1"], cwd=tmp_path)
+    assert float(done.stdout.split("(")[-1].split("%")[0]) < 5, done.stdout + done.stderr
+
+
+# ---- 5. the plan, and compiled runs
+
+
+def test_plan(data, tmp_path, command):
+    code, out, err = command(data, tmp_path / "out", "unipool", plan=2, max_steps=100, batch_tokens=512)
+    model_config, _ = configs(data, tmp_path, "unipool")
+    assert code == 0 and err == "" and not (tmp_path / "out").exists()
+    for part in (train.amount(model_config.n_params()), train.amount(model_config.n_active_params()), "100 steps, 51.2k tokens",
+                 "4 micro-steps x 2 ranks", "7.8 steps, all of", "40 %"):
+        assert part in out
+    code, out, _ = command(tmp_path / "no data", tmp_path / "out", plan=True)
+    assert code == 0 and "unknown: no data in" in out
+
+
+def test_plan_adds_up():
+    """Bytes by hand: 16 per parameter unsharded; a share each under fsdp; zero1 deals out whole tensors."""
+    model_config = ModelConfig(n_layer=2, n_head=2, d_model=32, bias=False)
+    total = model_config.n_params()
+    of = lambda **changes: train.memory_per_rank(model_config, train.TrainConfig(**changes), 4)
+    plain, zero, fsdp = of(), of(shard="zero1"), of(shard="fsdp")
+    assert plain["weights"] + plain["gradients"] + plain["AdamW"] == 16 * total
+    assert zero["AdamW"] == 8 * total / 4 and zero["weights"] == 4 * total
+    assert fsdp["weights"] + fsdp["gradients"] + fsdp["AdamW"] == 16 * total / 4 and fsdp["gathered"] > 0
+    assert of(recompute=True)["activations"] < plain["activations"]
+    assert of(micro_batch=32)["activations"] == 2 * plain["activations"]
+
+
+@pytest.mark.parametrize("flavour", [dict(), dict(arch="llama"), dict(arch="llama", flavour="topk"), dict(flavour="switch")])
+def test_plan_estimates_activations(flavour):
+    """Within 30 % of what autograd keeps."""
+    model_config = ModelConfig(n_layer=4, d_model=64, n_head=4, block_size=64, **flavour)
+    model, kept = GPT(model_config).train(), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return tensor
+
+    tokens = torch.randint(0, 257, (8, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens)
+    estimate = train.memory_per_rank(model_config, train.TrainConfig(micro_batch=8, dtype="float32"), 1)["activations"]
+    assert estimate == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_compiled_run(data, tmp_path, flavour):
+    """Inductor's own code gives the eager curve; evaluation and a resumed run compile as well."""
+    changes = dict(n_layer=1, micro_batch=8)
+    tiny_run(data, tmp_path / "eager", flavour, **changes)
+    tiny_run(data, tmp_path / "compiled", flavour, compile="true", **changes)
+    for a, b in zip(read_rows(tmp_path / "eager"), read_rows(tmp_path / "compiled")):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
+        assert float(a["val_loss"] or 0) == pytest.approx(float(b["val_loss"] or 0), rel=1e-4)
+
+
+def test_speaks_of_amounts_and_times():
+    assert [train.amount(n) for n in (0, 12, 1234, 1.5e6, 5.741e9, 3.2e13)] == ["0", "12", "1.23k", "1.5M", "5.74B", "32T"]
+    assert [train.span(s) for s in (0, 90, 600, 7300, 360000)] == ["0 s", "90 s", "10 min", "2.0 h", "100.0 h"]
+
+
+def test_gpu_peaks(monkeypatch):
+    """The first name that fits; the order of the table decides between an H100 PCIe and an H100."""
+    cuda = torch.device("cuda")
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+                       ("NVIDIA H200", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA A10G", 125e12), ("Quadro 4000", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert machine.peak_flops(cuda) == peak, name
+
+
+def test_newest_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"python train.py"):
+        machine.newest_run(tmp_path)
+    for i, name in enumerate(("b", "a/deep", "c")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "ckpt.pt").write_text("")
+        os.utime(tmp_path / name / "ckpt.pt", (i % 2, i % 2))
+    assert machine.newest_run(tmp_path) == tmp_path / "a/deep"
+
+
+def test_ten_random_runs_resume(data, tmp_path, monkeypatch):
+    """Random settings that touch the resumed state: accumulation, dropout, saving and crash step, seed."""
+    rng = random.Random(0)
+    for i in range(5):
+        settings = dict(micro_batch=rng.choice([2, 4, 8, 16]), dropout=rng.choice([0.0, 0.2]), save_every=rng.choice([1, 2, 3]),
+                        seed=rng.randint(0, 9), grad_clip=rng.choice([0.0, 1.0]), log_every=rng.choice([1, 2]), max_steps=8)
+        flavour, step = rng.choice(list(FLAVOURS)), rng.randint(2, 4) * 2
+        tiny_run(data, tmp_path / f"whole{i}", flavour, **settings)
+        run_crash_resume(data, tmp_path / f"broken{i}", flavour, monkeypatch, step, **settings)
+        assert_same_run(tmp_path / f"broken{i}", tmp_path / f"whole{i}")
