@@ -327,7 +327,8 @@ def list_files(source, config):
     if not root.exists():
         raise ValueError(f"no source '{source}': {', '.join([*PYTHON_SOURCES, *HUB])}, or the path of a file or folder")
     paths = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
-    paths = [p for p in paths if p.name.endswith(FORMATS)]
+    hidden = lambda p: any(part.startswith(".") for part in p.relative_to(root).parts)  # .git, .venv
+    paths = [p for p in paths if p.name.endswith(FORMATS) and not hidden(p)]
     if source in PYTHON_SOURCES:
         paths = [p for p in paths if p.suffix == ".py" and not LEFT_OUT & set(p.relative_to(root).parts)]
         random.Random(0).shuffle(paths)  # in alphabetical order the last shard would hold other subjects
@@ -619,8 +620,8 @@ def is_ours(name):
 def check_folder(out_dir, settings, overwrite):
     """The meta of a folder that these settings have made before, checksums verified; None if it is to be made."""
     names = [path.name for path in out_dir.iterdir()] if out_dir.is_dir() else []
-    if names and not ("meta.json" in names and all(map(is_ours, names))):
-        raise ValueError(f"{out_dir} holds files that are not ours: name another --out_dir")
+    if out_dir.is_file() or (names and not ("meta.json" in names and all(map(is_ours, names)))):
+        raise ValueError(f"{out_dir} is there and is not ours: name another --out_dir")
     if not names or overwrite:
         return None
     meta = load_meta(out_dir)
@@ -645,6 +646,8 @@ def prepare(sources, config):
     ready_made = "pretokenized" in sources
     if ready_made and (len(sources) > 1 or spec != "gpt2"):
         raise ValueError("pretokenized is GPT-2's tokens, ready-made: no other source or tokenizer goes with it")
+    if not from_hub and (config.repo or config.subset):
+        raise ValueError(f"--repo and --subset choose a dataset on the hub: {', '.join(HUB)}")
     tokenizer, workers = get_tokenizer(spec), config.workers or (1 if spec == "bytes" else cores())
     files = [file for source in sources for file in list_files(source, config)]
     if config.dry_run:
