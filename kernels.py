@@ -462,10 +462,10 @@ def _experts_setup(ctx, inputs, output):
 
 
 def _experts_autograd(ctx, dy, _, d_acts):
-    x = ctx.saved_tensors[0]
-    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+    saved = ctx.saved_tensors  # once: a checkpointed block hands them out a single time
+    dy = torch.zeros_like(saved[0]) if dy is None else dy.contiguous()
     d_acts = None if d_acts is None else d_acts.contiguous()
-    dx, d_weights, dw_in, dw_out = experts_backward_op(dy, d_acts, *ctx.saved_tensors, ctx.activation, ctx.backend)
+    dx, d_weights, dw_in, dw_out = experts_backward_op(dy, d_acts, *saved, ctx.activation, ctx.backend)
     return dx, d_weights, None, None, dw_in, dw_out, None, None, None, None
 
 
