@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
+from kernels import activate
 
 
 class Routing(NamedTuple):
@@ -167,14 +168,6 @@ class FFN(nn.Module):
 
     def forward(self, x):
         return self.w_out(activate(self.w_in(x), self.activation))
-
-
-def activate(h, activation):
-    """gelu: (..., F) -> (..., F), the tanh form that GPT-2 was trained with. swiglu: [gate; up] (..., 2F) -> (..., F)."""
-    if activation == "gelu":
-        return F.gelu(h, approximate="tanh")
-    gate, up = h.chunk(2, dim=-1)  # (..., F) each
-    return F.silu(gate) * up
 
 
 class ExpertBank(nn.Module):
