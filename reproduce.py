@@ -514,7 +514,7 @@ def report(size):
     lines = [f"# What holds at {size} size", "",
              f"Written by `python reproduce.py --report --size={size}` from results/runs/. {base['arch']} blocks, "
              f"{base['n_layer']} layers (12 where it says so), width {base['d_model']}, context {base['block_size']}, "
-             f"{base['dataset']}; loss in nats per {'byte' if size == 'cpu' else 'token'}, {base['eval_tokens']:,} held-out tokens. "
+             f"{base['dataset']}; loss in nats per {'byte' if size == 'cpu' else 'token'}, {base['eval_tokens']:,} of them. "
              f"{len(records)} runs on {'; '.join(machines)}; commits {', '.join(commits)}.", "",
              "The left side is claimed to be below the right one. Paired over seeds; \"holds\" and \"does not hold here\"",
              "mean that the 95 % t-interval of the paired difference lies on one side of zero, \"undecided\" that it does not,",
