@@ -132,16 +132,16 @@ def test_export_loads_in_transformers_and_comes_back(settings, architecture, tmp
 
 @pytest.mark.parametrize("spec", ["bytes", "ranks"])
 def test_export_of_the_tokenizer(spec, tmp_path):
-    if spec == "ranks":  # a vocabulary with merges, one of them of merges
+    if spec == "ranks":  # a vocabulary with merges, one of them of merges, and a word that no merge reaches
         import base64
-        words = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w", "é".encode(), b"  "]
+        words = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w", "é".encode(), b"  ", b"zzq"]
         spec = str(tmp_path / "x.tiktoken")
         with open(spec, "w") as f:
             f.writelines(f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words))
     tokenizer = get_tokenizer(spec)
     hf.export(random_model(vocab_size=tokenizer.vocab_size), tmp_path / "x", tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
-    text = "hello  whello, é ∞ 'll\n\n\tend "
+    text = "zzq hello  whello, é ∞ 'll\n\n\tend "
     assert theirs.encode(text) == tokenizer.encode(text) and theirs.decode(tokenizer.encode(text)) == text
     assert theirs.eos_token_id == tokenizer.eot and len(theirs) == tokenizer.vocab_size
 

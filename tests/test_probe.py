@@ -226,6 +226,14 @@ def test_earlier_layers_see_nothing_of_it():
     assert not torch.equal(new[2].ids, own[2].ids)
 
 
+def test_layers_rerouted_together_draw_independently():
+    subject = subject_of(random_model(**TOPK), tokens(100, CONTEXT + 1).numpy())
+    with probe.rerouted(subject, subject.layers, "random"):
+        routings = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
+    for a, b in itertools.combinations([r.ids[:, 0] for r in routings], 2):
+        assert chi_square(torch.bincount(a * 6 + b, minlength=36)) < CHI_SQUARE[35]
+
+
 def test_skip_is_a_layer_without_experts():
     model = random_model(**OURS["deepseek"])
     subject, x = subject_of(model), tokens()
