@@ -55,7 +55,8 @@ def use(labels, use, banks, things):
     for i, counts in enumerate(totals):
         values = counts / counts.sum() * len(counts)
         values = values if shared else -np.sort(-values)
-        bottom.fill_between(np.arange(len(values)), values, step="mid", alpha=0.6, label=f"pool {i}" if len(totals) > 1 else None)
+        label = f"pool {i}" if len(totals) > 1 else None
+        bottom.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True, alpha=0.6, label=label)
     bottom.axhline(1, color="black", linestyle="--", linewidth=0.8, label="even")
     bottom.set(xlabel=f"{things[:-1]} of the pool" if shared else f"all {things}, most used first",
                ylabel="summed use" if shared else "use", ylim=(0, None), xlim=(-0.5, len(values) - 0.5))
@@ -67,12 +68,13 @@ def pathways(titles, counts, hits):
     """Transition matrices of up to three pairs of layers, and the hit rate of a cache against its size."""
     shown = np.unique(np.linspace(0, len(counts) - 1, min(3, len(counts))).astype(int))
     figure, axes = pyplot().subplots(1, len(shown) + 1, figsize=(2.4 * len(shown) + 3, 2.6), layout="constrained")
-    for axis, k in zip(axes, shown):
-        chances = counts[k] / np.maximum(counts[k].sum(-1, keepdims=True), 1)
-        axis.imshow(chances, cmap=WHITE_TO_BLUE, vmin=0, vmax=1)
+    chances = [counts[k] / np.maximum(counts[k].sum(-1, keepdims=True), 1) for k in shown]  # rows sum to 1
+    for axis, k, chance in zip(axes, shown, chances):
+        image = axis.imshow(chance, cmap=WHITE_TO_BLUE, vmin=0, vmax=max(map(np.max, chances)))
         axis.set(title=titles[k], xlabel="next expert", ylabel="expert" if k == shown[0] else "")
-    axes[-1].plot(np.arange(1, len(hits) + 1), 100 * hits, label="used last")
-    axes[-1].plot([0, len(hits)], [0, 100], "k--", linewidth=0.8, label="any")
+    figure.colorbar(image, ax=axes[:-1].tolist(), label="share of its tokens", pad=0.01)
+    axes[-1].plot(np.arange(1, len(hits) + 1), 100 * hits, label="those used last")
+    axes[-1].plot([0, len(hits)], [0, 100], "k--", linewidth=0.8, label="any others")
     axes[-1].set(xlabel="experts in the cache", ylabel="hit rate, %", ylim=(0, 100), xlim=(0, len(hits)))
     axes[-1].legend(frameon=False, fontsize=8)
     return figure

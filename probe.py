@@ -145,7 +145,10 @@ def load_hf(config):
     options = {"dtype": config.dtype} | ({"device_map": config.device_map} if config.device_map else {})
     if config.load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(config.hf, **options).eval()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(config.hf, **options).eval()
+    except OSError as error:
+        raise ValueError(f"{config.hf}: no model that transformers can read ({str(error).splitlines()[0]})") from None
     if not (config.device_map or config.load_in_4bit):
         model.to(pick_device(config.device))
     c, layers = model.config.get_text_config(), []
@@ -315,6 +318,8 @@ def random_router(subject, config, save):
             for name, change in changes.items() for label, part in with_mean(labels, change)]
     learned = dict(zip(columns_of(base), base.mean(0)))
     print_random_router(config, len(base), learned, rows, list(changes))
+    if learned.get("loss", 0) > np.log(subject.vocab_size):
+        print("WARNING: this is worse than guessing: was the text made with another tokenizer than the model's?")
     if not subject.continuous:
         print("in the UniPool paper: -1.0 to -1.6 points in production models, -1.3 to -1.5 with private experts, -4.1\n"
               "(matched) and -3.8 to -4.0 (all) with a pool; mean benchmark accuracy, one layer of the deep half at a time")
