@@ -88,10 +88,11 @@ def overlap(labels, values):
 
 
 def samples(rows):
-    """Loss and speed against the number of samples; the last row is z = mu."""
+    """Loss (with the standard error of its change) and speed against the number of samples; the last row is z = mu."""
     figure, axes = pyplot().subplots(1, 2, figsize=(7, 2.6), layout="constrained")
     for axis, key, label in zip(axes, ("loss", "tokens_per_second"), ("held-out loss, nats", "tokens per second")):
-        axis.plot([row["K"] for row in rows[:-1]], [row[key] for row in rows[:-1]], "o-", label="K samples")
+        error = [row["loss_error"] or 0 for row in rows[:-1]] if key == "loss" else None
+        axis.errorbar([row["K"] for row in rows[:-1]], [row[key] for row in rows[:-1]], error, fmt="o-", label="K samples")
         axis.axhline(rows[-1][key], color="black", linestyle="--", linewidth=0.8, label="z = mu")
         axis.set(xlabel="samples K", ylabel=label)
     axes[1].set_ylim(0)

@@ -255,13 +255,16 @@ def batches(subject, config, title=None):
 
 
 @torch.no_grad()
-def held_out(subject, config):
-    """-> (windows, 2): mean cross-entropy in nats, and next-token accuracy in percent, of every held-out window."""
-    rows = []
+def held_out(subject, config, seconds=None):
+    """-> (windows, 2): mean cross-entropy in nats, and next-token accuracy in percent, of every held-out window. The list
+    `seconds` receives the time per token of every batch."""
+    rows, seconds = [], [] if seconds is None else seconds
     for batch in batches(subject, config):
+        began = time.perf_counter()
         logits = subject.model(batch[:, :-1], **subject.options).logits
         for row, targets in zip(logits, batch[:, 1:].to(logits.device)):  # one by one: no float32 copy of all logits
             rows.append((F.cross_entropy(row.float(), targets).item(), 100 * (row.argmax(-1) == targets).float().mean().item()))
+        seconds.append((time.perf_counter() - began) / batch[:, 1:].numel())
     return np.array(rows)
 
 
@@ -485,7 +488,7 @@ def overlap(subject, config, save):
 
     watch(subject, config, "overlap", see)
     labels, values = [str(layer.index) for layer in subject.layers], sums / tokens
-    print("overlap: mean |cos| between the activations of the experts that one token chose")
+    print("overlap: mean |cos| between the activations of the experts (infmoe: samples) of one token")
     print_table(["layer", "overlap"], [[label, f"{v:.4f}"] for label, v in [*zip(labels, values), ("mean", values.mean())]])
     save("overlap", {"layers": labels, "overlap": values.tolist()}, lambda: figures.overlap(labels, values))
 
@@ -607,10 +610,9 @@ def samples(subject, config, save):
     try:
         for k in tqdm([*config.samples, "z = mu"], desc="samples", leave=False, disable=None):
             subject.model.set_samples(*(trained, True) if k == "z = mu" else (k, False))
-            began = time.perf_counter()
-            values = held_out(subject, config)
-            speed, change = subject.windows[:, 1:].size / (time.perf_counter() - began), values - base
-            rows.append({"K": k, **summary(base, change[None, None], False), "tokens_per_second": speed})
+            seconds = []
+            change = held_out(subject, config, seconds) - base
+            rows.append({"K": k, **summary(base, change[None, None], False), "tokens_per_second": 1 / np.median(seconds)})
     finally:
         subject.model.set_samples(trained, False)
     print(f"samples K at inference, trained with {trained}: change of the loss ± standard error over windows; speed of scoring")

@@ -161,7 +161,8 @@ def harness(tmp_path_factory):
 def test_toy_task_equals_by_hand(harness, tmp_path, capsys, monkeypatch):
     model = random_model(**FLAVOURS["infmoe"])
     folder = save_checkpoint(model, tmp_path / "x", "data/stdlib")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--out_dir={folder}", "--tasks=toy", f"--include_path={TOY}"])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--out_dir={folder}", "--tasks=toy", f"--include_path={TOY}",
+                                      "--device=cpu"])
     evaluate.main()
     right = right_norm = 0
     for item in ITEMS:
