@@ -22,16 +22,21 @@ setup: $(READY)
 	.venv/bin/python -m pip install --quiet --editable ".[dev]"
 	touch .venv/ready
 
+# The main job on text that needs no download: prepare, train, sample, and ask the router what it knows.
 demo: $(READY)
 	$(PYTHON) prepare_data.py stdlib
-	$(PYTHON) train.py config/tiny_moe.py --out_dir=out/demo --overwrite
-	$(PYTHON) sample.py --out_dir=out/demo --prompt="def " --max_new_tokens=400 --seed=1
+	$(PYTHON) train.py config/tiny_unipool.py --out_dir=out/demo --overwrite
+	$(PYTHON) sample.py --out_dir=out/demo --prompt="def " --max_new_tokens=400 --temperature=0.8 --seed=1
+	$(PYTHON) probe.py --out_dir=out/demo --random-router-from --routing --tokens=8192
+
+# Two workers where pytest-xdist is there; files stay whole, because their tests share trained models.
+XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 2 --dist loadfile")
 
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(XDIST)
 
 test-all: $(READY)
-	$(PYTHON) -m pytest -m "slow or not slow"
+	$(PYTHON) -m pytest $(XDIST) -m "slow or not slow"
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
