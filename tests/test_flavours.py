@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 from moe_helpers import CELLS, FAMILIES, TEXT, build, gradients, random_tokens, real_text, small, train
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 import model as model_file
 import moe
@@ -374,42 +374,28 @@ def test_compiled_equals_eager(overrides):
     torch._dynamo.reset()
 
 
-class NoSync(TorchDispatchMode):
-    """Fails where a tensor's value is brought to the host, or where a shape depends on one."""
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "repeat_interleave.Tensor")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert not any(word in str(func) for word in self.FORBIDDEN), f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
-def forbid_host_reads(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a tensor's value was read on the host")
-    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
-
-
 @flavours()
 @pytest.mark.parametrize("training", [True, False])
-def test_hot_path_reads_nothing_on_the_host(overrides, training, monkeypatch):
-    """Forward, losses, statistics and backward. (The loop oracle is exempt; widths here are those that grouped_mm accepts.)"""
-    model, tokens, keys = build(**overrides).train(training), random_tokens(2, 16), torch.tensor([1, 2])
-    with monkeypatch.context() as patch, NoSync():
-        forbid_host_reads(patch)
+def test_hot_path_needs_no_value_on_the_host(overrides, training):
+    """Forward, losses, statistics, backward, update_balance with tensors that have shapes and no values: whoever asks for one
+    (item, tolist, bool, nonzero) raises. What an op does inside on a CPU, where reading is free, is its own business."""
+    with FakeTensorMode():
+        model, tokens, keys = build(**overrides).train(training), random_tokens(2, 16), torch.zeros(2, dtype=torch.int64)
         output = model(tokens, tokens, noise_key=keys)
         if training:
             (output.loss + sum(output.aux.values())).backward()
             model.update_balance(output.stats)
+            assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
-def test_the_search_for_host_reads_can_fail(monkeypatch):
-    model, tokens = build(flavour="topk", backend="loop"), random_tokens(1, 4)
-    with pytest.raises(AssertionError, match="waits for the device"), NoSync():
-        model(tokens)
-    with pytest.raises(AssertionError, match="read on the host"), monkeypatch.context() as patch:
-        forbid_host_reads(patch)
-        torch.ones(1).item()
+def test_the_search_for_host_reads_can_fail():
+    with FakeTensorMode():
+        model, tokens = build(flavour="topk", backend="loop").train(), random_tokens(1, 4)
+        with pytest.raises(DynamicOutputShapeException):  # the oracle is exempt: it asks which tokens chose an expert
+            model(tokens)
+        stats = build(flavour="topk").train()(tokens, tokens).stats
+        with pytest.raises(DataDependentOutputException):  # the log's columns are numbers
+            model.routing_columns(stats)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,14 +513,13 @@ def test_gpu_equals_cpu(overrides):
 
 @pytest.mark.gpu
 @flavours()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_never_waits_for_the_host(overrides, dtype):
+def test_gpu_never_waits_for_the_host(overrides):
     model = build(**overrides).cuda().train()
     tokens, keys = random_tokens(2, 16).cuda(), torch.tensor([1, 2]).cuda()
     for mode in ("default", "error"):  # the first pass compiles kernels
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            with torch.autocast("cuda", torch.bfloat16):
                 output = model(tokens, tokens, noise_key=keys)
             (output.loss + sum(output.aux.values())).backward()
             model.update_balance(output.stats)
