@@ -125,6 +125,8 @@ def join_ranks(config):
             raise ConnectionError(f"rank {lost} of {size} has vanished or hangs; --init_from=resume goes on from the last "
                                   "checkpoint, on any number of ranks") from error
         raise
+    finally:
+        time.sleep(0.1)  # gloo's threads free the last tensors, for which they need the GIL; joining them with it held hangs
     dist.destroy_process_group()
 
 

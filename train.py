@@ -365,7 +365,7 @@ def open_trackers(config, settings, stack):
     return trackers
 
 
-def draw_loss(out_dir):
+def draw_loss(out_dir, title):
     """out_dir/loss.png from log.csv; False where matplotlib is not installed."""
     if not importlib.util.find_spec("matplotlib"):
         return False
@@ -373,17 +373,16 @@ def draw_loss(out_dir):
     with open(Path(out_dir, "log.csv"), newline="") as f:
         rows = list(csv.DictReader(f))
     tokens, train, val = (np.array([float(row[name] or "nan") for row in rows]) for name in ("tokens", "train_loss", "val_loss"))
-    smooth, seen = train.copy(), ~np.isnan(val)
-    for i in range(1, len(smooth)):  # a running mean over the last thirtieth or so
-        smooth[i] += (smooth[i - 1] - train[i]) * (1 - 1 / min(i + 1, 1 + len(train) / 30))
+    seen, window = ~np.isnan(val), np.ones(1 + len(train) // 50)
+    smooth = np.convolve(train, window, "same") / np.convolve(np.ones(len(train)), window, "same")
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.plot(tokens, train, color="#9ecae1", linewidth=0.8, label="training, each step")
     axes.plot(tokens, smooth, color="#2171b5", linewidth=1.8, label="training, smoothed")
     axes.plot(tokens[seen], val[seen], "o-", color="#d94801", markersize=3.5, label=f"validation, {val[seen][-1]:.3f}")
     shown = np.concatenate((smooth[len(smooth) // 30:], val[seen]))  # the first steps would flatten the rest
-    axes.set(xlim=(0, tokens[-1]), ylim=(shown.min() - 0.05 * np.ptp(shown) - 1e-3, shown.max() + 0.1 * np.ptp(shown) + 1e-3),
-             xlabel="tokens", ylabel="cross-entropy, nats per token", title=str(out_dir))
+    axes.set(xlim=(0, tokens[-1] * 1.01), ylim=(shown.min() - 0.05 * np.ptp(shown) - 1e-3, shown.max() + 0.1 * np.ptp(shown) + 1e-3),
+             xlabel="tokens", ylabel="cross-entropy, nats per token", title=title)
     axes.xaxis.set_major_formatter(lambda x, _: amount(x))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -434,14 +433,15 @@ def describe(run, start):
 
 def summary(run, result):
     """The last screen of a finished run."""
-    out, loss = run.config.out_dir, result["val_loss"]
+    out, loss, m = run.config.out_dir, result["val_loss"], run.model_config
+    title = f"{Path(out).name}: {m.arch} {m.flavour}, {amount(run.n_params)} parameters, {amount(run.n_active)} active"
     unit = f"nats per byte ({loss / math.log(2):.3f} bits)" if run.tokenizer == "bytes" else "nats per token"
     gpu = torch.cuda.max_memory_allocated(run.ranks.device) if run.ranks.device.type == "cuda" else 0
     return "\n".join([f"finished {result['step']} steps, {amount(result['tokens'])} tokens in {span(result['seconds'])}",
                       f"speed    {amount(result['tokens'] / result['seconds'])} tokens/s, validations and checkpoints included"
                       + (f"; {gpu / 1e9:.1f} GB of GPU memory at most" if gpu else ""),
                       f"loss     validation {loss:.4f} {unit}, training {result['train_loss']:.4f}",
-                      f"files    {out}/: ckpt.pt, config.json, log.csv{', loss.png' if draw_loss(out) else ''}",
+                      f"files    {out}/: ckpt.pt, config.json, log.csv{', loss.png' if draw_loss(out, title) else ''}",
                       f"next     python sample.py --out_dir={out}"])
 
 

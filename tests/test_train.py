@@ -52,7 +52,7 @@ def data(tmp_path_factory):
 def no_picture(request, monkeypatch):
     """It takes longer than a tiny run."""
     if "picture" not in request.node.name and "files_of" not in request.node.name:
-        monkeypatch.setattr(train, "draw_loss", lambda out_dir: False)
+        monkeypatch.setattr(train, "draw_loss", lambda *_: False)
 
 
 def configs(data, out, flavour="dense", **changes):

@@ -1,0 +1,210 @@
+"""Several ranks, by torchrun and gloo: the same numbers as one rank, whatever is sharded; and what happens when one is lost.
+
+torchrun takes seconds to start, so it starts this file once for many small runs: `python test_distributed.py JOBS.json` is
+the worker, and runs its jobs one after another on every rank.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import GPT, ModelConfig
+from prepare_data import ShardReader
+from train_helpers import (
+    FLAVOURS,
+    PYTHON,
+    SIZE,
+    TRAINING,
+    assert_same_state,
+    checkpoint,
+    make_data,
+    read_rows,
+    run,
+    train_command,
+)
+
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+IDLE = dict(FLAVOURS["switch"], n_experts=64)  # 64 experts for the 64 tokens of a rank's micro-step: many idle on one rank only
+CASES = FLAVOURS | {"idle": IDLE, "specialized": dict(FLAVOURS["topk"], specialization_coef=2e-3, coupling_coef=1e-3, coupling="path"),
+                    "shared code": dict(FLAVOURS["infmoe"], pool_groups=1, balance="layer", infmoe_mean=True),
+                    "bank": dict(FLAVOURS["infmoe"], balance="layer", arch="llama")}
+SHARDED = [("dense", "zero1"), ("unipool", "zero1"), ("dense", "fsdp"), ("topk", "fsdp"), ("unipool", "fsdp"), ("deepseek", "fsdp"),
+           ("infmoe", "fsdp"), ("shared code", "fsdp"), ("bank", "fsdp")]
+
+
+def worker(path):
+    """Run the jobs of a file, each {"model", "train", and what happens: "signal", "rank", "step"}."""
+    torch.set_num_threads(1)
+    train.draw_loss = lambda *_: False
+    rank, real = int(os.environ["RANK"]), train.train_step
+    for job in json.loads(Path(path).read_text()):
+        def step(run, number, job=job):
+            if job.get("rank") == rank and number == job["step"]:
+                os.kill(os.getpid(), job["signal"])
+            return real(run, number)
+
+        train.train_step = step
+        if job.get("main"):
+            sys.argv = ["train.py", *job["main"]]
+            train.main()
+        else:
+            train.train(ModelConfig(**job["model"]), train.TrainConfig(**job["train"]))
+    print(f"rank {rank} is done", flush=True)
+
+
+def job(data, out, case, ends=None, **changes):
+    """A tiny run, and how it ends: (signal, rank, step) or not before its time"""
+    settings = TRAINING | dict(dataset=str(data), out_dir=str(out), quiet=True) | changes
+    fate = dict(zip(("signal", "rank", "step"), ends or ()))
+    return {"model": SIZE | dict(vocab_size=257) | CASES[case], "train": settings} | fate
+
+
+def on_two_ranks(folder, jobs):
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    done = run([*TORCHRUN, __file__, str(path)])
+    assert done.returncode == 0 and done.stdout.count("is done") == 2, done.stdout + done.stderr
+    return done
+
+
+def here(task):
+    """The same job on this one rank."""
+    return train.train(ModelConfig(**task["model"]), train.TrainConfig(**task["train"]))
+
+
+def losses(out):
+    return np.array([[float(r[k] or 0) for k in ("train_loss", "grad_norm", "val_loss")] for r in read_rows(out)])
+
+
+def auxiliary(out):
+    return np.array([float(r.get("aux_loss", 0)) for r in read_rows(out)])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All runs of this file's first half: references on one rank with twice the micro-batch, and one start of torchrun."""
+    folder = tmp_path_factory.mktemp("runs")
+    data, patch = make_data(folder / "data"), pytest.MonkeyPatch()
+    patch.setattr(train, "draw_loss", lambda *_: False)
+    torch.set_num_threads(1)
+    for case in CASES:
+        here(job(data, folder / f"{case} one", case, micro_batch=8))
+    jobs = [job(data, folder / f"{case} none", case) for case in CASES]
+    jobs += [job(data, folder / f"{case} {shard}", case, shard=shard, recompute=case == "unipool") for case, shard in SHARDED]
+    for shard in ("none", "zero1", "fsdp"):  # SIGTERM to rank 1 alone: both stop after step 3
+        jobs.append(job(data, folder / f"stopped {shard}", "unipool", (signal.SIGTERM, 1, 2), shard=shard))
+    on_two_ranks(folder, jobs)
+    yield folder
+    patch.undo()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one(runs, case):
+    """Loss, gradient norm and validation to 1e-5, balance losses included, where one rank has twice the micro-batch."""
+    np.testing.assert_allclose(losses(runs / f"{case} none"), losses(runs / f"{case} one"), rtol=1e-5)
+    np.testing.assert_allclose(auxiliary(runs / f"{case} none"), auxiliary(runs / f"{case} one"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "shard"), SHARDED)
+def test_sharded_ranks_equal_one(runs, case, shard):
+    """zero1 and fsdp, pools and recomputation included; and what they save has one rank's names and shapes."""
+    np.testing.assert_allclose(losses(runs / f"{case} {shard}"), losses(runs / f"{case} one"), rtol=1e-5)
+    saved, plain = checkpoint(runs / f"{case} {shard}"), checkpoint(runs / f"{case} one")
+    assert_same_state(saved["model"], plain["model"], tolerance=2e-4)
+    assert_same_state(saved["optimizer"]["state"], plain["optimizer"]["state"], tolerance=2e-4)
+
+
+def test_an_expert_idle_on_one_rank_only(runs):
+    """That the case above is what it says: some experts get tokens of one rank's first micro-step and none of the other's."""
+    torch.manual_seed(TRAINING.get("seed", 1))
+    model = GPT(ModelConfig(**SIZE, vocab_size=257, **IDLE))
+    windows = torch.from_numpy(ShardReader(runs / "data", "train", 16, seed=1).batch(0, 8))
+    used = [{e for r in model(part[:, :-1], return_routings=True).routings for e in r.ids.flatten().tolist()} for part in windows.split(4)]
+    assert used[0] - used[1] and used[1] - used[0] and len(used[0] | used[1]) < 64
+
+
+def test_path_estimates_and_biases_agree(runs):
+    """State in buffers is moved by the statistics of all ranks."""
+    for case, names in (("specialized", ["paths"]), ("deepseek", ["blocks.0.ffn.router.bias", "blocks.1.ffn.router.bias"])):
+        one, two = (checkpoint(runs / f"{case} {kind}")["model"] for kind in ("one", "none"))
+        for name in names:
+            torch.testing.assert_close(one[name], two[name])
+            assert one[name].std() > 0
+
+
+def test_checkpoints_move_between_numbers_of_ranks(runs):
+    """2 ranks -> 1 -> 2, for every way to shard: the losses of one undisturbed run, to 1e-5."""
+    data, jobs = runs / "data", []
+    for shard in ("none", "zero1", "fsdp"):
+        out = runs / f"stopped {shard}"
+        assert [r["step"] for r in read_rows(out)] == ["1", "2", "3"] and checkpoint(out)["step"] == 3
+        task = job(data, out, "unipool", init_from="resume", micro_batch=8)
+        with pytest.MonkeyPatch.context() as patch:
+            real = train.train_step
+            patch.setattr(train, "train_step", lambda run, step, real=real: (
+                os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None, real(run, step))[1])
+            assert here(task)["signal"] == signal.SIGTERM
+        jobs.append(job(data, out, "unipool", init_from="resume", shard=shard))
+    on_two_ranks(runs, jobs)
+    for shard in ("none", "zero1", "fsdp"):
+        np.testing.assert_allclose(losses(runs / f"stopped {shard}"), losses(runs / "unipool one"), rtol=1e-5)
+
+
+def test_one_voice_and_a_lost_rank(tmp_path):
+    """One start: a run by the command line speaks once; then rank 1 is killed, and rank 0 says so and stops with code 2."""
+    data = make_data(tmp_path / "data")
+    good = train_command(data, tmp_path / "good")[2:]
+    bad = train_command(data, tmp_path / "bad", save_every=1, max_steps=50)[2:]
+    path = tmp_path / "jobs.json"
+    fine = job(data, tmp_path / "fine", "dense", quiet=False)
+    path.write_text(json.dumps([fine, {"main": bad, "signal": signal.SIGKILL, "rank": 1, "step": 3}]))
+    done = run([*TORCHRUN, __file__, str(path)])
+    assert done.returncode != 0
+    assert done.stdout.count("finished 6 steps") == 1 and done.stdout.count("model    gpt2 dense") == 2
+    assert "2 ranks x 4 sequences" in done.stdout
+    assert "error: rank 0: rank 1 of 2 has vanished or hangs; --init_from=resume" in done.stderr
+    assert checkpoint(tmp_path / "bad")["step"] == 3 and not (tmp_path / "good").exists() and good
+    result = here(job(data, tmp_path / "bad", "dense", init_from="resume", max_steps=50))  # and one rank goes on
+    assert result["finished"] and [r["step"] for r in read_rows(tmp_path / "bad")] == [str(i + 1) for i in range(50)]
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    """torchrun train.py as a user types it: nothing on stderr, and a mistake is one line per rank."""
+    data = make_data(tmp_path / "data")
+    done = run(train_command(data, tmp_path / "out", "topk", ranks=2))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    done = run(train_command(data, tmp_path / "out", "topk", ranks=2))
+    assert done.returncode != 0 and "rank 0: " in done.stderr and "--overwrite starts anew" in done.stderr
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(tmp_path):
+    """Stopped, not dead: the others wait for --timeout seconds, then name it. (torchrun needs half a minute to kill it.)"""
+    data = make_data(tmp_path / "data")
+    command = train_command(data, tmp_path / "out", max_steps=50, timeout=4)[2:]
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps([{"main": command, "signal": signal.SIGSTOP, "rank": 0, "step": 3}]))
+    done = run([*TORCHRUN, __file__, str(path)])
+    assert done.returncode != 0 and "rank 1: rank 0 of 2 has vanished or hangs" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_compiled_ranks(tmp_path):
+    """The compiled model inside DDP, balance counts all-reduced within the graph."""
+    data = make_data(tmp_path / "data")
+    here(job(data, tmp_path / "one", "topk", micro_batch=8))
+    on_two_ranks(tmp_path, [job(data, tmp_path / "two", "topk", compile="true")])
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])
