@@ -7,3 +7,4 @@ balance_scores = "normalised"  # raw scores, as published, let the routers of so
 n_layer, n_experts = 8, 64
 d_model, d_ff = 96, 192
 n_head = 3
+max_steps = 700
