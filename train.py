@@ -532,7 +532,8 @@ def train(model_config, config, start=None):
     does not fit, OSError for a full disk or a lost rank, FloatingPointError for a loss that is not finite.
     """
     with contextlib.ExitStack() as stack:
-        ranks, stop = stack.enter_context(join_ranks(config)), stack.enter_context(stop_signals())
+        stop = stack.enter_context(stop_signals())  # before the ranks: torchrun sends SIGTERM while a lost one is looked for
+        ranks = stack.enter_context(join_ranks(config))
         stack.enter_context(torch.random.fork_rng([ranks.device.index] if ranks.device.type == "cuda" else []))
         say = functools.partial(say_line, ranks.rank == 0 and not config.quiet)
         start = start or load_start(config)

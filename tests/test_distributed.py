@@ -160,7 +160,6 @@ def test_checkpoints_move_between_numbers_of_ranks(runs):
 def test_one_voice_and_a_lost_rank(tmp_path):
     """One start: a run by the command line speaks once; then rank 1 is killed, and rank 0 says so and stops with code 2."""
     data = make_data(tmp_path / "data")
-    good = train_command(data, tmp_path / "good")[2:]
     bad = train_command(data, tmp_path / "bad", save_every=1, max_steps=50)[2:]
     path = tmp_path / "jobs.json"
     fine = job(data, tmp_path / "fine", "dense", quiet=False)
@@ -170,7 +169,7 @@ def test_one_voice_and_a_lost_rank(tmp_path):
     assert done.stdout.count("finished 6 steps") == 1 and done.stdout.count("model    gpt2 dense") == 2
     assert "2 ranks x 4 sequences" in done.stdout
     assert "error: rank 0: rank 1 of 2 has vanished or hangs; --init_from=resume" in done.stderr
-    assert checkpoint(tmp_path / "bad")["step"] == 3 and not (tmp_path / "good").exists() and good
+    assert checkpoint(tmp_path / "bad")["step"] == 3
     result = here(job(data, tmp_path / "bad", "dense", init_from="resume", max_steps=50))  # and one rank goes on
     assert result["finished"] and [r["step"] for r in read_rows(tmp_path / "bad")] == [str(i + 1) for i in range(50)]
 
