@@ -13,10 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import train
-from model import GPT, ModelConfig
-from prepare_data import ShardReader
 from train_helpers import (
     FLAVOURS,
     PYTHON,
@@ -30,13 +26,18 @@ from train_helpers import (
     train_command,
 )
 
+import train
+from model import GPT, ModelConfig
+from prepare_data import ShardReader
+
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 IDLE = dict(FLAVOURS["switch"], n_experts=64)  # 64 experts for the 64 tokens of a rank's micro-step: many idle on one rank only
-CASES = FLAVOURS | {"idle": IDLE, "specialized": dict(FLAVOURS["topk"], specialization_coef=2e-3, coupling_coef=1e-3, coupling="path"),
+CASES = FLAVOURS | {"idle": IDLE,
+                    "specialized": dict(FLAVOURS["topk"], specialization_coef=2e-3, coupling_coef=1e-3, coupling="path"),
                     "shared code": dict(FLAVOURS["infmoe"], pool_groups=1, balance="layer", infmoe_mean=True),
                     "bank": dict(FLAVOURS["infmoe"], balance="layer", arch="llama")}
-SHARDED = [("dense", "zero1"), ("unipool", "zero1"), ("dense", "fsdp"), ("topk", "fsdp"), ("unipool", "fsdp"), ("deepseek", "fsdp"),
-           ("infmoe", "fsdp"), ("shared code", "fsdp"), ("bank", "fsdp")]
+SHARDED = [("dense", "zero1"), ("unipool", "zero1"), ("dense", "fsdp"), ("topk", "fsdp"), ("unipool", "fsdp"),
+           ("deepseek", "fsdp"), ("infmoe", "fsdp"), ("shared code", "fsdp"), ("bank", "fsdp")]
 
 
 def worker(path):
@@ -126,7 +127,8 @@ def test_an_expert_idle_on_one_rank_only(runs):
     torch.manual_seed(TRAINING.get("seed", 1))
     model = GPT(ModelConfig(**SIZE, vocab_size=257, **IDLE))
     windows = torch.from_numpy(ShardReader(runs / "data", "train", 16, seed=1).batch(0, 8))
-    used = [{e for r in model(part[:, :-1], return_routings=True).routings for e in r.ids.flatten().tolist()} for part in windows.split(4)]
+    routings = [model(part[:, :-1], return_routings=True).routings for part in windows.split(4)]
+    used = [{e for r in layers for e in r.ids.flatten().tolist()} for layers in routings]
     assert used[0] - used[1] and used[1] - used[0] and len(used[0] | used[1]) < 64
 
 
