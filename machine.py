@@ -202,17 +202,18 @@ def load_optimizer(optimizer, saved):
         group.update(configured)
 
 
-def whole(value):
-    """A sharded tensor, gathered (all ranks must come); anything else as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def gather_state(model, optimizer, ranks):
-    """State dictionaries of model and optimizer, whole and the same for every way to shard. All ranks must come; only rank 0
-    is sure to get the optimizer's."""
+    """State dictionaries of model and optimizer, whole and the same for every way to shard. All ranks must come; rank 0 alone
+    is sure to get them."""
+    def fetch(value):  # one tensor at a time: a GPU has no room for all of them
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+            return value.cpu() if ranks.rank == 0 else None
+        return value
+
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)
         state = optimizer.state_dict() if ranks.rank == 0 else None
     else:
-        state = tree_map(whole, optimizer.state_dict())
-    return {name: whole(value) for name, value in model.state_dict().items()}, state
+        state = tree_map(fetch, optimizer.state_dict())
+    return {name: fetch(value) for name, value in model.state_dict().items()}, state

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -45,7 +46,6 @@ from machine import (
     pick_dtype,
     shard_model,
     stop_signals,
-    whole,
 )
 from model import GPT, ModelConfig, load_checkpoint
 from prepare_data import ShardReader, load_meta
@@ -249,7 +249,7 @@ def update(run, lr):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return whole(norm).item()
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 @torch.no_grad()
@@ -381,8 +381,9 @@ def draw_loss(out_dir, title):
     axes.plot(tokens, smooth, color="#2171b5", linewidth=1.8, label="training, smoothed")
     axes.plot(tokens[seen], val[seen], "o-", color="#d94801", markersize=3.5, label=f"validation, {val[seen][-1]:.3f}")
     shown = np.concatenate((smooth[len(smooth) // 30:], val[seen]))  # the first steps would flatten the rest
-    axes.set(xlim=(0, tokens[-1] * 1.01), ylim=(shown.min() - 0.05 * np.ptp(shown) - 1e-3, shown.max() + 0.1 * np.ptp(shown) + 1e-3),
-             xlabel="tokens", ylabel="cross-entropy, nats per token", title=title)
+    margin = 0.05 * np.ptp(shown) + 1e-3
+    axes.set(xlim=(0, tokens[-1] * 1.01), ylim=(shown.min() - margin, shown.max() + 2 * margin), xlabel="tokens",
+             ylabel="cross-entropy, nats per token", title=title)
     axes.xaxis.set_major_formatter(lambda x, _: amount(x))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -412,7 +413,7 @@ def step_sizes(m, c, n_ranks):
 def describe(run, start):
     """The first lines of a run: what trains, on what, how, and why so."""
     m, c, ranks = run.model_config, run.config, run.ranks
-    experts = f", {m.n_experts} experts of which {m.top_k}" if m.n_experts else ""
+    experts = f", {m.n_experts} experts, {m.top_k} per token" if m.n_experts else ""
     epoch = run.train_data.n_windows * m.block_size / c.batch_tokens
     machine = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     lines = [f"model    {m.arch} {m.flavour}, {m.n_layer} layers, width {m.d_model}{experts}: {amount(run.n_params)} parameters, "
@@ -466,7 +467,7 @@ def plan(m, c):
                       f"memory   {sum(memory.values()) / 1e9:.2f} GB a rank with shard={c.shard}, recompute={c.recompute}: "
                       + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()),
                       f"compute  {amount(flops)} FLOPs per token (6 N_active + 12 L D S), {flops * tokens:.2e} in all",
-                      f"time     {span(flops * tokens / (0.4 * peak * n))} on {n} x {gpu}, at 40 % of {peak / 1e12:.0f} TFLOP/s"])
+                      f"time     {span(flops * tokens / (0.4 * peak * n))} on {n} x {gpu}, at 40 % of its {peak / 1e12:.0f} TFLOP/s"])
 
 
 def memory_per_rank(m, c, n_ranks):
@@ -543,6 +544,8 @@ def train(model_config, config, start=None):
             say(f"{config.out_dir} is finished: {first} of {config.max_steps} steps; --max_steps=N goes on")
             return {"step": first, "finished": True, "signal": None, "val_loss": start["val_loss"]}
         run = Run(model_config, config, start, ranks)
+        if run.compiled:
+            stack.callback(torch.compiler.reset)  # the next run in this process compiles its own model
         say(describe(run, start))
         (start or {}).clear()  # a run needs the memory
         trackers = []
@@ -637,6 +640,8 @@ def main():
         result = train(model_config, config, start)
     except torch.OutOfMemoryError as error:
         problem = f"out of memory; lower --micro_batch, or try --recompute (--plan estimates): {str(error).splitlines()[0]}"
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         problem = error
     except RuntimeError as error:

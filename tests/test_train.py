@@ -732,7 +732,7 @@ def test_newest_run(tmp_path):
     assert machine.newest_run(tmp_path) == tmp_path / "a/deep"
 
 
-def test_ten_random_runs_resume(data, tmp_path, monkeypatch):
+def test_random_runs_resume(data, tmp_path, monkeypatch):
     """Random settings that touch the resumed state: accumulation, dropout, saving and crash step, seed."""
     rng = random.Random(0)
     for i in range(5):
