@@ -113,8 +113,8 @@ def name_words(positional, names):
 
 def nearest(key, known, prefix=""):
     """The hint that ends an error about an unknown `key`; empty if nothing is close."""
-    initials = "".join(word[:1] for word in key.split("_"))  # learning_rate is lr
-    close = [initials] if initials in known else difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    known, initials = list(known), "".join(word[:1] for word in key.split("_"))  # learning_rate is lr
+    close = [initials] if initials in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f": did you mean {prefix}{close[0]}?" if close else ""
 
 
