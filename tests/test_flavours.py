@@ -18,9 +18,9 @@ import moe
 from model import GPT
 
 
-def flavours(condition=lambda config: True):
-    """Parametrize over the families and, slow, over all cells that the condition fits."""
-    cells = [pytest.param(c, id=name) for name, c in FAMILIES.items() if condition(small(**c))]
+def flavours(condition=lambda config: True, **more):
+    """Parametrize over the families (and `more` of them) and, slow, over all cells that the condition fits."""
+    cells = [pytest.param(c, id=name) for name, c in {**FAMILIES, **more}.items() if condition(small(**c))]
     cells += [pytest.param(c, id=name, marks=pytest.mark.slow) for name, c in CELLS.items() if condition(small(**c))]
     return pytest.mark.parametrize("overrides", cells)
 
@@ -125,7 +125,9 @@ def literal_balance(model, routings):
     return c.balance_coef * total
 
 
-@flavours(lambda config: is_discrete(config) and config.balance in ("layer", "pool"))
+@flavours(lambda config: is_discrete(config) and config.balance in ("layer", "pool"),
+          sigmoid=dict(flavour="deepseek", balance="layer", n_experts=4),  # normalised scores
+          pools=dict(flavour="unipool", n_layer=4, pool_groups=2, n_experts=6, top_k=2))
 def test_balance_loss_of_the_model_is_the_papers(overrides):
     model, tokens = build(**overrides), random_tokens(2, 16)
     output = model.train()(tokens, tokens, return_routings=True)
@@ -174,23 +176,21 @@ def test_coefficients_scale_their_loss_and_nothing_else(overrides):
 
 
 @flavours(lambda config: config.flavour != "dense")
-def test_auxiliary_gradients_reach_routers(overrides):
-    """Each loss alone: a gradient in every layer's router (coupling's and specialization's too, which has the gates detached
-    only in theory: it flows through the residual stream), and balance never moves an expert of its own layer."""
+def test_each_loss_moves_whom_it_should(overrides):
+    """Alone: balance, z and coupling move every layer's router, specialization every bank. Balance and z move no expert whose
+    output no later router sees: the private ones of the last layer."""
     model, tokens = build(**overrides), random_tokens(2, 16)
     output = model.train()(tokens, tokens)
+
+    def moves(loss, parameters):
+        grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+        return any(g is not None and g.any() for g in grads)
     for name, loss in output.aux.items():
-        assert loss.isfinite()
-        if name in ("balance", "z", "coupling"):
-            for layer, _ in moe_of(model):
-                weights = [p for n, p in layer.router.named_parameters() if n.endswith("weight")]
-                grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-                assert any(g is not None and g.any() for g in grads), name
-        if name in ("balance", "z"):
-            last = moe_of(model)[-1][1]
-            if not model.pools:
-                assert all(g is None for g in torch.autograd.grad(loss, list(last.parameters())[:1], retain_graph=True,
-                                                                  allow_unused=True))
+        for layer, bank in moe_of(model):
+            assert moves(loss, bank.parameters() if name == "specialization" else layer.router.parameters()), name
+        last = moe_of(model)[-1][1]
+        if name in ("balance", "z") and not model.pools:
+            assert not moves(loss, [p for n, p in last.named_parameters() if "w_z" not in n]), name
 
 
 @pytest.mark.parametrize("flavour", ["switch", "topk"])

@@ -948,7 +948,7 @@ def test_paths():
 
 def test_unique_experts():
     """UniPool's figure: distinct experts per token over depth, over L*K."""
-    ids = torch.tensor([[[0], [1]], [[0], [2]], [[3], [3]], [[3], [4]]])  # L = 4, T = 2: {0, 3} and {1, 2, 3, 4}
+    ids = torch.tensor([[[0], [1]], [[3], [2]], [[0], [3]], [[3], [4]]])  # L = 4, T = 2: {0, 3}, met in turns, and {1, 2, 3, 4}
     assert moe.unique_experts(ids).item() == pytest.approx((2 / 4 + 4 / 4) / 2)
     assert moe.unique_experts(torch.tensor([[[0, 1]], [[1, 2]]])).item() == pytest.approx(3 / 4)  # top-2: {0, 1, 2} of 4
 
