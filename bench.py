@@ -27,8 +27,9 @@ import torch
 import kernels
 import moe
 from configurator import fail, parse
+from machine import PEAK_FLOPS, flops_per_token, pick_compile, pick_dtype
 from model import GPT, ModelConfig
-from train import PEAK_FLOPS, TrainConfig, flops_per_token, pick_compile, pick_dtype
+from train import TrainConfig
 
 
 @dataclass

@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 from configurator import fail, nearest, parse
+from machine import pick_device
 from model import GPT, KVCache, ModelConfig, load_checkpoint
 from prepare_data import get_tokenizer
-from train import pick_device
 
 PRESETS = {
     "unipool": "arc_easy,arc_challenge,piqa,hellaswag,winogrande,lambada_openai,race",

@@ -5,6 +5,7 @@ Letters: R ranks (processes that torchrun started), each with one device.
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -75,6 +76,20 @@ def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU at hand; None where it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def flops_per_token(model_config):
+    """Of a training step, forward and backward: 6 N_active + 12 L D S."""
+    c = model_config
+    return 6 * c.n_active_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+
+
+def accumulation_steps(config, block_size, n_ranks):
+    micro = config.micro_batch * block_size * n_ranks
+    if config.batch_tokens % micro:
+        raise ValueError(f"batch_tokens={config.batch_tokens} is not a multiple of {micro} = micro_batch {config.micro_batch} x "
+                         f"block_size {block_size} x {n_ranks} ranks; try {math.ceil(config.batch_tokens / micro) * micro}")
+    return config.batch_tokens // micro
 
 
 def newest_run(folder="out"):

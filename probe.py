@@ -35,8 +35,8 @@ import hf
 import kernels
 import moe
 from configurator import fail, parse
+from machine import pick_device
 from prepare_data import ShardReader, load_meta
-from train import pick_device
 
 FAMILIES = "Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3, gpt-oss and Granite-MoE"
 

@@ -15,7 +15,6 @@ Data, noise and dropout are pure functions of (seed, step), so model, optimizer 
 import contextlib
 import csv
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -36,19 +35,20 @@ from tqdm import tqdm
 
 from configurator import fail, parse
 from machine import (
-    PEAK_FLOPS,
+    accumulation_steps,
+    flops_per_token,
     gather_state,
     join_ranks,
     load_optimizer,
     peak_flops,
     pick_compile,
-    pick_device,
     pick_dtype,
     shard_model,
     stop_signals,
 )
 from model import GPT, ModelConfig, load_checkpoint
 from prepare_data import ShardReader, load_meta
+from report import NOT_KEPT, amount, describe, draw_loss, open_trackers, plan, span, summary
 
 
 @dataclass
@@ -98,12 +98,6 @@ class TrainConfig:
 
 # ---- one run: data, model, optimizer
 
-def flops_per_token(model_config):
-    """Of a training step, forward and backward: 6 N_active + 12 L D S."""
-    c = model_config
-    return 6 * c.n_active_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
-
-
 def lr_at(config, step):
     """Linear warm-up, then a cosine from lr to min_lr."""
     if step < config.warmup_steps:
@@ -111,14 +105,6 @@ def lr_at(config, step):
     low = config.lr / 10 if config.min_lr is None else config.min_lr
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     return low + (config.lr - low) * (1 + math.cos(math.pi * min(1, progress))) / 2
-
-
-def accumulation_steps(config, block_size, n_ranks):
-    micro = config.micro_batch * block_size * n_ranks
-    if config.batch_tokens % micro:
-        raise ValueError(f"batch_tokens={config.batch_tokens} is not a multiple of {micro} = micro_batch {config.micro_batch} x "
-                         f"block_size {block_size} x {n_ranks} ranks; try {math.ceil(config.batch_tokens / micro) * micro}")
-    return config.batch_tokens // micro
 
 
 class Run:
@@ -345,158 +331,7 @@ def log_row(path, row):
         writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def open_trackers(config, settings, stack):
-    """tensorboard and wandb, if asked for: functions that take a row of the log; `stack` closes them."""
-    def need(module):
-        try:
-            return importlib.import_module(module)
-        except ImportError:
-            raise ValueError(f'{module.split(".")[-1]} is not installed: pip install "nanoexperts[log]"') from None
-
-    trackers = []
-    if config.tensorboard:
-        board = need("torch.utils.tensorboard").SummaryWriter(config.out_dir)
-        stack.callback(board.close)
-        trackers.append(lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None])
-    if config.wandb:
-        online = need("wandb").init(project=config.wandb, name=Path(config.out_dir).name, dir=config.out_dir, config=settings)
-        stack.callback(online.finish)
-        trackers.append(lambda row: online.log({k: v for k, v in row.items() if v is not None}, step=row["step"]))
-    return trackers
-
-
-def draw_loss(out_dir, title):
-    """out_dir/loss.png from log.csv; False where matplotlib is not installed."""
-    if not importlib.util.find_spec("matplotlib"):
-        return False
-    from matplotlib.figure import Figure
-    with open(Path(out_dir, "log.csv"), newline="") as f:
-        rows = list(csv.DictReader(f))
-    tokens, train, val = (np.array([float(row[name] or "nan") for row in rows]) for name in ("tokens", "train_loss", "val_loss"))
-    seen, window = ~np.isnan(val), np.ones(1 + len(train) // 50)
-    smooth = np.convolve(train, window, "same") / np.convolve(np.ones(len(train)), window, "same")
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(tokens, train, color="#9ecae1", linewidth=0.8, label="training, each step")
-    axes.plot(tokens, smooth, color="#2171b5", linewidth=1.8, label="training, smoothed")
-    axes.plot(tokens[seen], val[seen], "o-", color="#d94801", markersize=3.5, label=f"validation, {val[seen][-1]:.3f}")
-    shown = np.concatenate((smooth[len(smooth) // 30:], val[seen]))  # the first steps would flatten the rest
-    margin = 0.05 * np.ptp(shown) + 1e-3
-    axes.set(xlim=(0, tokens[-1] * 1.01), ylim=(shown.min() - margin, shown.max() + 2 * margin), xlabel="tokens",
-             ylabel="cross-entropy, nats per token", title=title)
-    axes.xaxis.set_major_formatter(lambda x, _: amount(x))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(Path(out_dir, "loss.png"))
-    return True
-
-
-# ---- what a run says
-
-def amount(n):
-    """1234567 -> 1.23M"""
-    size, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if abs(n) >= s), (1, ""))
-    return f"{n / size:.3g}{unit}"
-
-
-def span(seconds):
-    """4000 -> 67 min"""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-
-
-def step_sizes(m, c, n_ranks):
-    micro_steps = accumulation_steps(c, m.block_size, n_ranks)
-    return f"{c.batch_tokens} tokens = {micro_steps} micro-steps x {n_ranks} ranks x {c.micro_batch} sequences x {m.block_size}"
-
-
-def describe(run, start):
-    """The first lines of a run: what trains, on what, how, and why so."""
-    m, c, ranks = run.model_config, run.config, run.ranks
-    experts = f", {m.n_experts} experts, {m.top_k} per token" if m.n_experts else ""
-    epoch = run.train_data.n_windows * m.block_size / c.batch_tokens
-    machine = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    lines = [f"model    {m.arch} {m.flavour}, {m.n_layer} layers, width {m.d_model}{experts}: {amount(run.n_params)} parameters, "
-             f"{amount(run.n_active)} active",
-             f"data     {c.dataset}: {amount(run.train_data.n_tokens)} tokens ({run.tokenizer}), {epoch:,.1f} steps an epoch; "
-             f"{amount(run.val_data.n_tokens)} for validation",
-             f"step     {step_sizes(m, c, ranks.size)}",
-             f"device   {ranks.device.type} ({machine}), shard={c.shard}",
-             f"dtype    {str(run.dtype)[6:]} ({run.dtype_reason})",
-             f"compile  {'yes' if run.compiled else 'no'} ({run.compile_reason})"]
-    if c.init_from != "scratch":
-        lines.append(f"start    {c.init_from}" + (f", after step {start['step']}" if c.init_from == "resume" else ""))
-    if c.init_from == "resume":
-        before = {k: v for k, v in start["train_config"].items() if k in asdict(c) and k not in NOT_KEPT}
-        lines += [f"         {k} was {v}, is {asdict(c)[k]}" for k, v in before.items() if v != asdict(c)[k]]
-    return "\n".join(lines)
-
-
-def summary(run, result):
-    """The last screen of a finished run."""
-    out, loss, m = run.config.out_dir, result["val_loss"], run.model_config
-    title = f"{Path(out).name}: {m.arch} {m.flavour}, {amount(run.n_params)} parameters, {amount(run.n_active)} active"
-    unit = f"nats per byte ({loss / math.log(2):.3f} bits)" if run.tokenizer == "bytes" else "nats per token"
-    gpu = torch.cuda.max_memory_allocated(run.ranks.device) if run.ranks.device.type == "cuda" else 0
-    return "\n".join([f"finished {result['step']} steps, {amount(result['tokens'])} tokens in {span(result['seconds'])}",
-                      f"speed    {amount(result['tokens'] / result['seconds'])} tokens/s, validations and checkpoints included"
-                      + (f"; {gpu / 1e9:.1f} GB of GPU memory at most" if gpu else ""),
-                      f"loss     validation {loss:.4f} {unit}, training {result['train_loss']:.4f}",
-                      f"files    {out}/: ckpt.pt, config.json, log.csv{', loss.png' if draw_loss(out, title) else ''}",
-                      f"next     python sample.py --out_dir={out}"])
-
-
-def plan(m, c):
-    """What a run would take, without running it -> text. m: ModelConfig, c: TrainConfig."""
-    n = int(c.plan) if c.plan is not True else int(os.environ.get("WORLD_SIZE", 1))
-    flops, device = flops_per_token(m), pick_device(c.device)
-    gpu, peak = "H100 (none here)", PEAK_FLOPS["H100"]
-    if peak_flops(device):
-        gpu, peak = torch.cuda.get_device_name(device), peak_flops(device)
-    try:
-        windows = ShardReader(c.dataset, "train", m.block_size).n_windows
-        epoch = f"{windows * m.block_size / c.batch_tokens:,.1f} steps, all of {c.dataset}"
-    except (OSError, ValueError) as error:
-        epoch = f"unknown: {error}"
-    tokens, memory = c.max_steps * c.batch_tokens, memory_per_rank(m, c, n)
-    return "\n".join([f"model    {m.arch} {m.flavour}, {m.n_layer} layers, width {m.d_model}",
-                      f"weights  {amount(m.n_params())} stored, {amount(m.n_active_params())} active",
-                      f"step     {step_sizes(m, c, n)}",
-                      f"run      {c.max_steps} steps, {amount(tokens)} tokens",
-                      f"epoch    {epoch}",
-                      f"memory   {sum(memory.values()) / 1e9:.2f} GB a rank with shard={c.shard}, recompute={c.recompute}: "
-                      + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()),
-                      f"compute  {amount(flops)} FLOPs per token (6 N_active + 12 L D S), {flops * tokens:.2e} in all",
-                      f"time     {span(flops * tokens / (0.4 * peak * n))} on {n} x {gpu}, at 40 % of its {peak / 1e12:.0f} TFLOP/s"])
-
-
-def memory_per_rank(m, c, n_ranks):
-    """Bytes by use. Weights, gradients and AdamW's two moments are float32; activations are an estimate."""
-    with torch.device("meta"):
-        model = GPT(m)
-    sizes = [p.numel() for p in model.parameters()]
-    total, blocks = sum(sizes), [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    wide, narrow = (4, 4) if c.dtype == "float32" else (3, 2)  # bytes: with autocast the residual stream stays float32
-    chosen, gpt2 = (m.top_k or 1) + (m.n_shared_experts or 0), m.arch == "gpt2"
-    ffn = (2 if gpt2 else 4) * (m.d_expert or m.d_ff) + 2 * m.d_model
-    if m.top_k:  # their backward runs the activation again
-        ffn //= 2
-    block = wide * (8 if gpt2 else 12) * m.d_model + narrow * chosen * ffn  # bytes per token
-    kept = block + 4 * m.d_model * m.n_layer if c.recompute else block * m.n_layer
-    activations = c.micro_batch * m.block_size * (kept + m.vocab_size * (narrow + 8))  # logits, their float32 copy, its gradient
-    part = total / n_ranks if c.shard == "fsdp" else total
-    memory = {"weights": 4 * part, "gradients": 4 * part, "AdamW": 8 * part, "activations": activations}
-    if c.shard == "zero1":  # whole tensors are dealt out
-        memory["AdamW"] = 8 * max(total / n_ranks, max(sizes))
-    if c.shard == "fsdp":  # pools and embeddings stay, blocks come and go by twos; bf16 weights and gradients, a float32 buffer
-        memory["gathered"] = 8 * (total - sum(blocks) + 2 * max(blocks))
-    return memory
-
-
 # ---- the loop
-
-NOT_KEPT = ("out_dir", "init_from", "overwrite", "plan", "quiet")  # settings that a resumed run does not inherit
-
 
 def load_start(config):
     """What a run starts from: None, or a dictionary like a checkpoint's."""
@@ -557,7 +392,7 @@ def train(model_config, config, start=None):
             say(f"stopped by {signal.Signals(result['signal']).name} after step {result['step']}, which is saved; to go on: "
                 f"python train.py --init_from=resume --out_dir={config.out_dir}")
         elif ranks.rank == 0:
-            say(summary(run, result))
+            say(summary(run, result, picture=draw_loss(run)))
         return result
 
 

@@ -38,6 +38,7 @@ from train_helpers import (
 )
 
 import machine
+import report
 import train
 from model import GPT, ModelConfig
 from prepare_data import ShardReader, write_shard
@@ -121,10 +122,10 @@ def test_learning_rate():
 
 def test_accumulation_names_both_numbers_and_one_that_works():
     config = train.TrainConfig(batch_tokens=96, micro_batch=2)
-    assert train.accumulation_steps(config, 16, 1) == 3
-    assert train.accumulation_steps(config, 16, 3) == 1
+    assert machine.accumulation_steps(config, 16, 1) == 3
+    assert machine.accumulation_steps(config, 16, 3) == 1
     with pytest.raises(ValueError, match=r"batch_tokens=96 is not a multiple of 64 .*try 128"):
-        train.accumulation_steps(config, 16, 2)
+        machine.accumulation_steps(config, 16, 2)
 
 
 def test_decay_on_what_multiplies(data, tmp_path):
@@ -142,10 +143,10 @@ def test_decay_on_what_multiplies(data, tmp_path):
 def test_flops():
     """By hand: 6 N + 12 L D S; a token of a mixture counts top_k experts."""
     dense = ModelConfig(n_layer=3, n_head=2, d_model=8, block_size=10)
-    assert train.flops_per_token(dense) == 6 * dense.n_params() + 12 * 3 * 8 * 10
+    assert machine.flops_per_token(dense) == 6 * dense.n_params() + 12 * 3 * 8 * 10
     moe = ModelConfig(n_layer=3, n_head=2, d_model=8, block_size=10, flavour="switch", n_experts=4, bias=False)
     idle = 3 * 3 * (8 * 32 + 32 * 8)  # three layers, three idle experts
-    assert train.flops_per_token(moe) == 6 * (moe.n_params() - idle) + 12 * 3 * 8 * 10
+    assert machine.flops_per_token(moe) == 6 * (moe.n_params() - idle) + 12 * 3 * 8 * 10
 
 
 def test_dtype_and_compile_by_device_and_size():
@@ -305,8 +306,8 @@ def test_files_of_a_finished_run(data, tmp_path, command):
 
 
 def test_no_picture_without_matplotlib(data, tmp_path, monkeypatch):
-    find = train.importlib.util.find_spec
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    find = report.importlib.util.find_spec
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     assert tiny_run(data, tmp_path / "out", quiet=False)["finished"]
     assert not (tmp_path / "out/loss.png").exists()
 
@@ -401,7 +402,7 @@ def test_resume_keeps_settings_and_says_what_changed(data, tmp_path, command):
     saved = checkpoint(tmp_path / "out")
     assert saved["step"] == 4 and saved["train_config"]["lr"] == 5e-4 and saved["train_config"]["batch_tokens"] == 256
     code, out, _ = command(data, tmp_path / "out", init_from="resume", max_steps=6, weight_decay=0.3)
-    assert code == 0 and "max_steps was 4, is 6" in out and "weight_decay was 0.1, is 0.3" in out
+    assert code == 0 and "after step 4; max_steps was 4, is 6" in out and "weight_decay was 0.1, is 0.3" in out
 
 
 def test_overwrite_and_refusal(data, tmp_path, command):
@@ -656,7 +657,7 @@ def test_plan(data, tmp_path, command):
     code, out, err = command(data, tmp_path / "out", "unipool", plan=2, max_steps=100, batch_tokens=512)
     model_config, _ = configs(data, tmp_path, "unipool")
     assert code == 0 and err == "" and not (tmp_path / "out").exists()
-    for part in (train.amount(model_config.n_params()), train.amount(model_config.n_active_params()), "100 steps, 51.2k tokens",
+    for part in (report.amount(model_config.n_params()), report.amount(model_config.n_active_params()), "100 steps, 51.2k tokens",
                  "4 micro-steps x 2 ranks", "7.8 steps, all of", "40 %"):
         assert part in out
     code, out, _ = command(tmp_path / "no data", tmp_path / "out", plan=True)
@@ -667,7 +668,7 @@ def test_plan_adds_up():
     """Bytes by hand: 16 per parameter unsharded; a share each under fsdp; zero1 deals out whole tensors."""
     model_config = ModelConfig(n_layer=2, n_head=2, d_model=32, bias=False)
     total = model_config.n_params()
-    of = lambda **changes: train.memory_per_rank(model_config, train.TrainConfig(**changes), 4)
+    of = lambda **changes: report.memory_per_rank(model_config, train.TrainConfig(**changes), 4)
     plain, zero, fsdp = of(), of(shard="zero1"), of(shard="fsdp")
     assert plain["weights"] + plain["gradients"] + plain["AdamW"] == 16 * total
     assert zero["AdamW"] == 8 * total / 4 and zero["weights"] == 4 * total
@@ -692,7 +693,7 @@ def test_plan_estimates_activations(flavour):
     tokens = torch.randint(0, 257, (8, 64))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, tokens)
-    estimate = train.memory_per_rank(model_config, train.TrainConfig(micro_batch=8, dtype="float32"), 1)["activations"]
+    estimate = report.memory_per_rank(model_config, train.TrainConfig(micro_batch=8, dtype="float32"), 1)["activations"]
     assert estimate == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.3)
 
 
@@ -709,8 +710,8 @@ def test_compiled_run(data, tmp_path, flavour):
 
 
 def test_speaks_of_amounts_and_times():
-    assert [train.amount(n) for n in (0, 12, 1234, 1.5e6, 5.741e9, 3.2e13)] == ["0", "12", "1.23k", "1.5M", "5.74B", "32T"]
-    assert [train.span(s) for s in (0, 90, 600, 7300, 360000)] == ["0 s", "90 s", "10 min", "2.0 h", "100.0 h"]
+    assert [report.amount(n) for n in (0, 12, 1234, 1.5e6, 5.741e9, 3.2e13)] == ["0", "12", "1.23k", "1.5M", "5.74B", "32T"]
+    assert [report.span(s) for s in (0, 90, 600, 7300, 360000)] == ["0 s", "90 s", "10 min", "2.0 h", "100.0 h"]
 
 
 def test_gpu_peaks(monkeypatch):
