@@ -70,9 +70,7 @@ def job(data, out, case, ends=None, **changes):
 def on_two_ranks(folder, jobs):
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
-    done = run([*TORCHRUN, __file__, str(path)])
-    assert done.returncode == 0 and done.stdout.count("is done") == 2, done.stdout + done.stderr
-    return done
+    return run([*TORCHRUN, __file__, str(path)])
 
 
 def here(task):
@@ -101,7 +99,8 @@ def runs(tmp_path_factory):
     jobs += [job(data, folder / f"{case} {shard}", case, shard=shard, recompute=case == "unipool") for case, shard in SHARDED]
     for shard in ("none", "zero1", "fsdp"):  # SIGTERM to rank 1 alone: both stop after step 3
         jobs.append(job(data, folder / f"stopped {shard}", "unipool", (signal.SIGTERM, 1, 2), shard=shard))
-    on_two_ranks(folder, jobs)
+    done = on_two_ranks(folder, jobs)
+    assert done.returncode == 0 and done.stdout.count("is done") == 2, done.stdout + done.stderr
     yield folder
     patch.undo()
 
@@ -141,39 +140,53 @@ def test_path_estimates_and_biases_agree(runs):
             assert one[name].std() > 0
 
 
-def test_checkpoints_move_between_numbers_of_ranks(runs):
-    """2 ranks -> 1 -> 2, for every way to shard: the losses of one undisturbed run, to 1e-5."""
-    data, jobs = runs / "data", []
+@pytest.fixture(scope="module")
+def second(runs):
+    """What was stopped on two ranks goes on for a step on one, then, by another start of torchrun, on two. After that a run
+    that speaks, and one whose rank 1 is killed. -> CompletedProcess"""
+    data, jobs, real = runs / "data", [], train.train_step
+
+    def stopping(holder, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(holder, step)
+
     for shard in ("none", "zero1", "fsdp"):
-        out = runs / f"stopped {shard}"
-        assert [r["step"] for r in read_rows(out)] == ["1", "2", "3"] and checkpoint(out)["step"] == 3
-        task = job(data, out, "unipool", init_from="resume", micro_batch=8)
         with pytest.MonkeyPatch.context() as patch:
-            real = train.train_step
-            patch.setattr(train, "train_step", lambda run, step, real=real: (
-                os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None, real(run, step))[1])
-            assert here(task)["signal"] == signal.SIGTERM
-        jobs.append(job(data, out, "unipool", init_from="resume", shard=shard))
-    on_two_ranks(runs, jobs)
+            patch.setattr(train, "train_step", stopping)
+            result = here(job(data, runs / f"stopped {shard}", "unipool", init_from="resume", micro_batch=8))
+        assert result["signal"] == signal.SIGTERM and result["step"] == 4
+        jobs.append(job(data, runs / f"stopped {shard}", "unipool", init_from="resume", shard=shard))
+    jobs.append(job(data, runs / "fine", "dense", quiet=False))
+    command = train_command(data, runs / "lost", save_every=1, max_steps=20)[2:]
+    return on_two_ranks(runs, [*jobs, {"main": command, "signal": signal.SIGKILL, "rank": 1, "step": 3}])
+
+
+def test_one_rank_stops_all(runs):
+    """SIGTERM to rank 1 alone: both ranks stop after the same step, which is saved."""
+    for shard in ("none", "zero1", "fsdp"):
+        assert [r["step"] for r in read_rows(runs / f"stopped {shard}")][:3] == ["1", "2", "3"]
+
+
+def test_checkpoints_move_between_numbers_of_ranks(runs, second):
+    """2 ranks -> 1 -> 2, for every way to shard: the losses of one undisturbed run, to 1e-5."""
     for shard in ("none", "zero1", "fsdp"):
         np.testing.assert_allclose(losses(runs / f"stopped {shard}"), losses(runs / "unipool one"), rtol=1e-5)
 
 
-def test_one_voice_and_a_lost_rank(tmp_path):
-    """One start: a run by the command line speaks once; then rank 1 is killed, and rank 0 says so and stops with code 2."""
-    data = make_data(tmp_path / "data")
-    bad = train_command(data, tmp_path / "bad", save_every=1, max_steps=50)[2:]
-    path = tmp_path / "jobs.json"
-    fine = job(data, tmp_path / "fine", "dense", quiet=False)
-    path.write_text(json.dumps([fine, {"main": bad, "signal": signal.SIGKILL, "rank": 1, "step": 3}]))
-    done = run([*TORCHRUN, __file__, str(path)])
-    assert done.returncode != 0
-    assert done.stdout.count("finished 6 steps") == 1 and done.stdout.count("model    gpt2 dense") == 2
-    assert "2 ranks x 4 sequences" in done.stdout
-    assert "error: rank 0: rank 1 of 2 has vanished or hangs; --init_from=resume" in done.stderr
-    assert checkpoint(tmp_path / "bad")["step"] == 3
-    result = here(job(data, tmp_path / "bad", "dense", init_from="resume", max_steps=50))  # and one rank goes on
-    assert result["finished"] and [r["step"] for r in read_rows(tmp_path / "bad")] == [str(i + 1) for i in range(50)]
+def test_one_voice(second):
+    """All ranks work, rank 0 speaks."""
+    assert second.stdout.count("finished 6 steps") == 1 and second.stdout.count("model    gpt2 dense") == 2
+    assert "2 micro-steps x 2 ranks x 4 sequences" in second.stdout
+
+
+def test_a_lost_rank_is_named(runs, second):
+    """Rank 1 dies; rank 0 says so in a line and leaves; one rank goes on from what was saved."""
+    assert second.returncode != 0
+    assert "error: rank 0: rank 1 of 2 has vanished or hangs; --init_from=resume" in second.stderr
+    assert checkpoint(runs / "lost")["step"] == 3
+    assert here(job(runs / "data", runs / "lost", "dense", init_from="resume", max_steps=20))["finished"]
+    assert [int(r["step"]) for r in read_rows(runs / "lost")] == list(range(1, 21))
 
 
 @pytest.mark.slow
@@ -203,7 +216,7 @@ def test_compiled_ranks(tmp_path):
     """The compiled model inside DDP, balance counts all-reduced within the graph."""
     data = make_data(tmp_path / "data")
     here(job(data, tmp_path / "one", "topk", micro_batch=8))
-    on_two_ranks(tmp_path, [job(data, tmp_path / "two", "topk", compile="true")])
+    assert on_two_ranks(tmp_path, [job(data, tmp_path / "two", "topk", compile="true")]).returncode == 0
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 
