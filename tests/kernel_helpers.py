@@ -1,0 +1,167 @@
+"""
+What test_kernels.py compares with: the formulas as loops over tokens in float64, with nothing of kernels.py in them.
+
+Run as a script, it is the part of the tests that needs TRITON_INTERPRET=1 from the first import on: it runs the Triton
+kernels on CPU tensors and prints, as JSON, how far every output and gradient is from the loops.
+"""
+import json
+import math
+
+import torch
+
+# T, D, F, E, K, activation, which ids, keep the activations. The interpreter works in tiles of 32.
+EXPERT_CASES = {
+    "one token, K = E": (1, 32, 32, 3, 3, "gelu", "random", False),
+    "one token, one expert": (1, 16, 16, 1, 1, "swiglu", "random", False),
+    "a prime number of experts, K = 2, nothing a multiple of a tile": (13, 40, 24, 5, 2, "swiglu", "random", False),
+    "F of two tiles and a bit": (20, 17, 70, 3, 2, "gelu", "random", True),
+    "all tokens on one expert: four idle, several tiles of rows": (70, 32, 32, 5, 1, "swiglu", "one", False),
+    "an idle expert at each end and in the middle": (24, 24, 40, 7, 2, "swiglu", "middle", True),
+    "more experts than tokens": (2, 20, 33, 11, 2, "gelu", "random", False),
+    "a run that ends exactly on a tile": (64, 32, 32, 2, 1, "swiglu", "halves", True),
+}
+# T, D, F, K, dz, n, activation, scores
+MASK_CASES = {
+    "one token, one sample, everything kept": (1, 24, 64, 1, 16, 64, "gelu", "normal"),
+    "a single entry kept": (4, 17, 33, 3, 8, 1, "gelu", "normal"),
+    "F no power of two, two samples": (9, 16, 50, 2, 8, 13, "swiglu", "normal"),
+    "many ties": (6, 16, 40, 2, 3, 11, "gelu", "integers"),
+    "all scores equal": (2, 16, 40, 2, 3, 7, "swiglu", "constant"),
+}
+
+
+def ids_of(kind, t, e, k):
+    if kind == "one":
+        return torch.full((t, k), e // 2)
+    if kind == "halves":
+        return torch.arange(t)[:, None] // (t // e)
+    low, high = (0, e) if kind == "random" else (1, e - 1)
+    choices = torch.rand(t, high - low).argsort(1)
+    if kind == "middle":
+        choices = choices[choices != (e - 2) // 2].view(t, -1)
+    return (choices + low)[:, :k].contiguous()
+
+
+def expert_inputs(t, d, f, e, k, activation, ids="random", dtype=torch.float64, device="cpu"):
+    """x, weights, ids, w_in, w_out; the leaves need gradients. Scaled so that every output is about 1."""
+    wide = 2 if activation == "swiglu" else 1
+    shapes = (t, d), (t, k), (e, wide * f, d), (e, d, f)
+    scales = 1, 1, d ** -0.5, f ** -0.5
+    x, weights, w_in, w_out = ((torch.randn(shape) * s).to(device, dtype).requires_grad_() for shape, s in zip(shapes, scales))
+    return x, weights, ids_of(ids, t, e, k).to(device), w_in, w_out
+
+
+def mask_inputs(t, d, f, k, dz, n, activation, scores="normal", dtype=torch.float64, device="cpu"):
+    """x, z, w_in, w_out, w_z, all leaves. scores "integers": w_z z is a small integer, equal in every dtype; "constant": 1."""
+    wide = 2 if activation == "swiglu" else 1
+    x, w_in, w_out = torch.randn(t, d), torch.randn(wide * f, d) / d ** 0.5, torch.randn(d, f) / f ** 0.5
+    if scores == "normal":
+        z, w_z = torch.randn(t, k, dz), torch.randn(f, dz) / dz ** 0.5
+    elif scores == "integers":
+        z, w_z = torch.randint(-2, 3, (t, k, dz)), torch.randint(-2, 3, (f, dz))
+    else:
+        z, w_z = torch.ones(t, k, dz), torch.full((f, dz), 1 / dz)
+    return tuple(a.to(device, dtype).requires_grad_() for a in (x, z, w_in, w_out, w_z))
+
+
+def literal_activation(h, activation):
+    if activation == "gelu":  # the tanh form, written out
+        return 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))
+    gate, up = h[: len(h) // 2], h[len(h) // 2:]
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def literal_experts(x, weights, ids, w_in, w_out, activation):
+    """y (T, D), acts (T, K, F): a loop over tokens and their choices."""
+    ys, acts = [], []
+    for t in range(len(x)):
+        act = [literal_activation(w_in[e] @ x[t], activation) for e in ids[t].tolist()]
+        acts.append(torch.stack(act))
+        ys.append(sum(weights[t, k] * (w_out[e] @ act[k]) for k, e in enumerate(ids[t].tolist())))
+    return torch.stack(ys), torch.stack(acts)
+
+
+def literal_kept(row, n):
+    """Positions of the n largest entries of a row, the lowest index first among equals."""
+    return sorted(range(len(row)), key=lambda j: (-row[j], j))[:n]
+
+
+def literal_masked(x, z, w_in, w_out, w_z, n, activation):
+    """K whole FFNs for every token, averaged."""
+    ys = []
+    for t in range(len(x)):
+        y = 0
+        for k in range(z.shape[1]):
+            scores = w_z @ z[t, k]
+            mask = torch.zeros_like(scores)
+            mask[literal_kept(scores.tolist(), n)] = 1
+            y = y + w_out @ (mask * scores * literal_activation(w_in @ x[t], activation))
+        ys.append(y / z.shape[1])
+    return torch.stack(ys)
+
+
+def outputs_and_gradients(function, leaves):
+    """function() -> a tensor or several; a fixed, uneven gradient into each; -> outputs, then gradients of the leaves."""
+    outputs = function()
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
+    losses = [(y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y).cos()).sum() for y in outputs]
+    return outputs + list(torch.autograd.grad(sum(losses), leaves))
+
+
+def distances(ours, expected):
+    """|a - b| / |b| for each pair; expected is float64."""
+    assert len(ours) == len(expected)
+    return [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(ours, expected)]
+
+
+def compare_experts(case, backend, dtype, device="cpu"):
+    """Distances of y, (acts), and the gradients of x, weights, w_in, w_out from the loop's."""
+    from kernels import expert_ffn
+    *shape, activation, ids, keep = case
+    inputs = expert_inputs(*shape, activation, ids, dtype, device)
+    exact = [a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a for a in inputs]
+    leaves, exact_leaves = ([a for a in i if a.requires_grad] for i in (inputs, exact))
+    ours = outputs_and_gradients(lambda: expert_ffn(*inputs, activation, backend, keep), leaves)
+    return distances(ours, outputs_and_gradients(lambda: literal_experts(*exact, activation)[: 1 + keep], exact_leaves))
+
+
+def compare_masked(case, backend, dtype, device="cpu"):
+    """Distances of y, the gradients of x, z, w_in, w_out, w_z, and of y decoded without gradients."""
+    from kernels import masked_ffn
+    *_, n, activation, _ = case
+    leaves = mask_inputs(*case, dtype, device)
+    exact = [a.detach().double().requires_grad_() for a in leaves]
+    expected = outputs_and_gradients(lambda: literal_masked(*exact, n, activation), exact)
+    ours = outputs_and_gradients(lambda: masked_ffn(*leaves, n, activation, backend), leaves)
+    with torch.no_grad():
+        ours.append(masked_ffn(*leaves, n, activation, backend))
+    return distances(ours, [*expected, expected[0]])
+
+
+def compare_thresholds(dtype):
+    """topn_mask through the kernel on rows with -0.0, infinities, negative numbers and ties -> number of rows that differ."""
+    from kernels import topn_mask
+    inf, wrong = float("inf"), 0
+    rows = torch.tensor([[0.0, -0.0, 0.0, -0.0, 1.0, -1.0], [inf, -inf, -inf, 2.0, inf, -inf],
+                         [-1.0, -3.0, -1.0, -2.0, -1.0, -1.0], [3.0] * 6, [1e-8, -1e-8, 0.0, 1.0, -1.0, 60000.0]]).to(dtype)
+    for n in range(1, 7):
+        for row, masked in zip(rows.tolist(), topn_mask(rows, n, "triton").tolist()):
+            keep = literal_kept(row, n)
+            wrong += any((v != row[j]) if j in keep else (v != 0) for j, v in enumerate(masked))
+    return wrong
+
+
+if __name__ == "__main__":
+    results = {}
+    for dtype in (torch.float32, torch.float16):  # not bfloat16: the interpreter's is wrong
+        name = str(dtype)[6:]
+        for label, case in EXPERT_CASES.items():
+            torch.manual_seed(0)
+            if dtype == torch.float32 or case[-1]:  # fp16 where activations are kept: it has the most outputs
+                results[f"{name}, {label}"] = compare_experts(case, "triton", dtype)
+        for label, case in MASK_CASES.items():
+            torch.manual_seed(0)
+            if dtype == torch.float32 or case[-1] != "normal":  # else fp16 scores would choose other entries
+                results[f"{name}, {label}"] = compare_masked(case, "triton", dtype)
+        results[f"{name}, thresholds"] = [float(compare_thresholds(dtype))]
+    print(json.dumps(results))
