@@ -546,6 +546,21 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model.eval()(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dropout_has_its_four_places(name, monkeypatch):
+    """Embeddings, attention weights, and what attention and FFN (dense or experts) add to the residual stream: GPT-2's."""
+    model, calls, weights = build(dropout=0.3, **FAMILIES[name]), [], []
+    for module in (m for m in model.modules() if isinstance(m, nn.Dropout)):
+        assert module.p == 0.3
+        module.register_forward_hook(lambda *args: calls.append(1))
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: weights.append(k["dropout_p"]) or attend(*a, **k))
+    for training, p in ((True, 0.3), (False, 0.0)):
+        calls.clear(), weights.clear()
+        model.train(training)(random_tokens(1, 4))
+        assert len(calls) == 1 + 2 * model.config.n_layer and weights == [p] * model.config.n_layer
+
+
 def test_noise_key_fixes_the_noise_of_each_sequence():
     """infmoe: same key, same output, wherever in the batch; no key is one fixed key; discrete flavours ignore it."""
     model, tokens = build(flavour="infmoe").eval(), random_tokens(1, 8).expand(3, 8)
