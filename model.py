@@ -313,13 +313,14 @@ class Attention(nn.Module):
                                     for w in widths or (0, 0))
 
     def heads(self, x, n, norm):
-        """x (B, S, n*d) -> (B, n, S, d), normalised over all heads or each by itself."""
+        """x (B, S, n*d) -> (B, n, S, d), normalised over all heads or each by itself (in the weights' float32 under autocast)."""
+        dtype = x.dtype
         if norm is not None and not self.norm_heads:
-            x = norm(x)
+            x = norm(x.to(norm.weight.dtype))
         x = x.unflatten(-1, (n, self.head_dim))  # (B, S, n, d)
         if norm is not None and self.norm_heads:
-            x = norm(x)
-        return x.transpose(1, 2)  # (B, n, S, d)
+            x = norm(x.to(norm.weight.dtype))
+        return x.to(dtype).transpose(1, 2)  # (B, n, S, d)
 
     def forward(self, x, rope, cache):
         q, k, v = self.qkv(x).split([n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)], dim=-1)
