@@ -324,11 +324,14 @@ def trim_log(path, step):
 
 def log_row(path, row):
     """Append to log.csv, opened and closed each time: a row is there whatever comes next."""
-    with open(path, "a", newline="") as f:
-        writer = csv.DictWriter(f, row)
-        if f.tell() == 0:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+    try:
+        with open(path, "a", newline="") as f:
+            writer = csv.DictWriter(f, row)
+            if f.tell() == 0:
+                writer.writeheader()
+            writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+    except OSError as error:
+        raise OSError(f"step {row['step']} cannot be written to {path}: {error.strerror}") from error
 
 
 # ---- the loop

@@ -582,6 +582,11 @@ def test_disk_full_while_saving(data, tmp_path, monkeypatch):
     assert_same_run(out, tmp_path / "whole")
 
 
+def test_disk_full_while_logging():
+    with pytest.raises(OSError, match="step 7 cannot be written to /dev/full: No space left"):
+        train.log_row("/dev/full", {"step": 7, "loss": 0.5})
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 480 kB: one checkpoint fits, two do not."""
@@ -695,6 +700,19 @@ def test_plan_estimates_activations(flavour):
         model(tokens, tokens)
     estimate = report.memory_per_rank(model_config, train.TrainConfig(micro_batch=8, dtype="float32"), 1)["activations"]
     assert estimate == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_on_a_gpu(data, tmp_path, flavour):
+    """With what `auto` picks there: the CPU's losses up to bfloat16, and a checkpoint that moves between the two."""
+    changes = dict(d_ff=64, max_steps=6, device="cuda", dtype="auto")
+    tiny_run(data, tmp_path / "gpu", flavour, **changes, compile="auto")
+    tiny_run(data, tmp_path / "cpu", flavour, **changes | dict(device="cpu", dtype="float32"))
+    losses = [[float(row["train_loss"]) for row in read_rows(tmp_path / kind)] for kind in ("gpu", "cpu")]
+    np.testing.assert_allclose(*losses, rtol=1e-2)
+    assert tiny_run(data, tmp_path / "cpu", flavour, **changes | dict(max_steps=8, init_from="resume"))["finished"]
+    assert tiny_run(data, tmp_path / "gpu", flavour, **changes | dict(max_steps=8, init_from="resume", device="cpu"))["finished"]
 
 
 @pytest.mark.slow
