@@ -96,7 +96,7 @@ def activate_backward_tile(h, up, grad, SWIGLU: tl.constexpr):
     return h * s, grad * slope, grad
 
 
-@tuned([(128, 64, 8, 3), (64, 64, 8, 4)], [(64, 64, 8, 3), (64, 64, 4, 3)], [(64, 32, 8, 3)], key=["D", "F", "BLOCK_M"])
+@tuned([(128, 64, 8, 3), (64, 64, 8, 4)], [(64, 64, 8, 3), (64, 64, 8, 4)], [(64, 32, 8, 3)], key=["D", "F", "BLOCK_M"])
 @jit
 def up_kernel(
     x, w_in, h_out, act_out,                                  # (T, D), (E, W, D), (N, W), (N, F)
@@ -242,7 +242,7 @@ def act_backward_kernel(
     tl.store(dgate + block * n_rows + first + line, dot, mask=row_ok)  # blocks are summed afterwards, in order
 
 
-@tuned([(256, 64, 8, 3), (128, 64, 8, 3)], [(128, 64, 8, 3), (128, 64, 4, 3)], [(64, 32, 8, 3)], key=["OUT", "IN"])
+@tuned([(256, 64, 8, 3), (128, 64, 8, 3)], [(128, 64, 8, 3), (64, 64, 4, 3)], [(64, 32, 8, 3)], key=["OUT", "IN"])
 @jit
 def weight_grad_kernel(
     grad, a, dw, token, ends,                                 # (., OUT), (., IN), (E, OUT, IN), row -> token (N,), (E,)
@@ -492,5 +492,5 @@ def decode(x, scores, w_in, w_out_t, n_keep, activation):
     launch_masks(scores, None, mask, n_keep, "none")
     partial = x.new_empty(t, blocks, d, dtype=torch.float32)
     decode_kernel[(t, blocks)](x, mask, w_in, w_out_t, partial, D=d, F=f, SWIGLU=activation == "swiglu", BLOCK=8,
-                               BLOCK_D=triton.next_power_of_2(d))
+                               BLOCK_D=triton.next_power_of_2(d), num_warps=8)
     return (partial.sum(1).to(x.dtype),)
