@@ -36,10 +36,16 @@ def moe_of(model):
     return [(layer, layer.bank or model.pool_of(i)) for i, layer in enumerate(layers)]
 
 
-def poison():
-    """Fills freed memory with NaN, so that whoever reads uninitialised memory finds it."""
-    blocks = [torch.full((size,), float("nan")) for size in (2**k for k in range(2, 18)) for _ in range(4)]
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory reads as NaN: torch fills every torch.empty with it, and the allocators' free blocks hold it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    blocks = [torch.full((2**k,), float("nan"), device=device) for k in range(4, 20) for _ in range(4)]
     del blocks
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(5).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,12 +63,11 @@ def send_everybody_to(model, ids):
 
 @flavours(is_discrete)
 @pytest.mark.parametrize("batch, length", [(2, 16), (1, 1)], ids=["T=32", "T=1"])
-def test_all_tokens_on_the_same_experts(overrides, batch, length):
+def test_all_tokens_on_the_same_experts(overrides, batch, length, poisoned):
     model = build(**overrides)
     busy = list(range(1, 1 + model.config.top_k))
     send_everybody_to(model, busy)
     tokens = random_tokens(batch, length)
-    poison()
     loss, grads = gradients(model, tokens, tokens)
     assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads.values())
     for _, bank in moe_of(model):
@@ -77,10 +82,9 @@ def test_all_tokens_on_the_same_experts(overrides, batch, length):
     (7, None), (13, None),  # primes; two tokens for 13 experts: most are idle
     (3, 3), (2, 2),         # K = E: none is
 ])
-def test_odd_numbers_of_experts(overrides, n_experts, top_k):
+def test_odd_numbers_of_experts(overrides, n_experts, top_k, poisoned):
     top_k = top_k or overrides.get("top_k", small(**overrides).top_k)
     model, tokens = build(**{**overrides, "n_experts": n_experts, "top_k": top_k}), random_tokens(1, 2)
-    poison()
     loss, grads = gradients(model, tokens, tokens)
     assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads.values())
     output = model(tokens, tokens, return_routings=True)
@@ -94,9 +98,8 @@ def test_odd_numbers_of_experts(overrides, n_experts, top_k):
 
 @flavours(lambda config: config.flavour == "infmoe" and config.infmoe_mask == "post" and config.rates()[-1] is not None)
 @pytest.mark.parametrize("length", [16, 1])
-def test_neurons_that_no_token_keeps_have_zero_gradients(overrides, length):
+def test_neurons_that_no_token_keeps_have_zero_gradients(overrides, length, poisoned):
     model, tokens = build(**overrides), random_tokens(1, length)
-    poison()
     loss, grads = gradients(model, tokens, tokens)
     assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads.values())
     if model.config.pool_groups == 0:
@@ -528,11 +531,9 @@ def test_bfloat16(overrides):
 
 @pytest.mark.gpu
 @flavours()
-def test_gpu_equals_cpu(overrides):
+def test_gpu_equals_cpu(overrides, poisoned):
     model, (tokens, targets), keys = build(**overrides), real_text(2, 16), torch.tensor([1, 2])
     expected = gradients(model, tokens, targets, noise_key=keys)
-    blocks = [torch.full((2**k,), float("nan"), device="cuda") for k in range(4, 22) for _ in range(4)]
-    del blocks
     on_gpu = GPT(model.config)
     on_gpu.load_state_dict(model.state_dict())
     on_gpu.cuda()
