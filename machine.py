@@ -1,7 +1,4 @@
-"""The machine that a model runs on: its ranks, device and precision, and how a model is spread over ranks.
-
-Letters: R ranks (processes that torchrun started), each with one device.
-"""
+"""The machine that a model runs on: device, precision and speed, ranks, signals, and how a model is spread over ranks."""
 
 import contextlib
 import importlib.util
@@ -31,6 +28,7 @@ PEAK_FLOPS = {  # dense bf16 FLOP/s by the makers' data sheets; the first name t
 
 
 def pick_device(name, local_rank=0):
+    """auto | cpu | cuda | cuda:N | mps -> torch.device; ValueError where there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda", "mps"):
@@ -85,6 +83,7 @@ def flops_per_token(model_config):
 
 
 def accumulation_steps(config, block_size, n_ranks):
+    """Micro-steps that make up batch_tokens; ValueError where none do."""
     micro = config.micro_batch * block_size * n_ranks
     if config.batch_tokens % micro:
         raise ValueError(f"batch_tokens={config.batch_tokens} is not a multiple of {micro} = micro_batch {config.micro_batch} x "

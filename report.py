@@ -33,8 +33,9 @@ def table(**rows):
 
 
 def step_sizes(m, c, n_ranks):
-    micro_steps = accumulation_steps(c, m.block_size, n_ranks)
-    return f"{c.batch_tokens} tokens = {micro_steps} micro-steps x {n_ranks} ranks x {c.micro_batch} sequences x {m.block_size}"
+    counts = {"micro-step": accumulation_steps(c, m.block_size, n_ranks), "rank": n_ranks, "sequence": c.micro_batch}
+    product = " x ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in counts.items())
+    return f"{c.batch_tokens} tokens = {product} x {m.block_size} tokens"
 
 
 def describe(run, start):

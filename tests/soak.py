@@ -92,7 +92,7 @@ def disturb(data, out, flavour, kills, steps, rng):
                 hit.update(("kills", f"{number.name} {kind}"))
             while (code := ended(pid)) is None:
                 time.sleep(1e-3)
-            hit["half-written file left"] += (out / "ckpt.pt.tmp").exists()
+            hit["files left half-written"] += kind == "saving" and code == -signal.SIGKILL and (out / "ckpt.pt.tmp").exists()
             if code == 0:
                 return hit
             if code not in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM):  # SIGTERM before the handler stands

@@ -298,7 +298,7 @@ def test_files_of_a_finished_run(data, tmp_path, command):
     assert (tmp_path / "out/loss.png").read_bytes()[:4] == b"\x89PNG"
     saved = checkpoint(tmp_path / "out")
     assert saved["tokenizer"] == "bytes" and saved["model_config"] == settings["model"]
-    for part in ("4 micro-steps x 1 ranks x 4 sequences x 16", "float32 (as asked)", "no (as asked)", "finished 4 steps",
+    for part in ("4 micro-steps x 1 rank x 4 sequences x 16", "float32 (as asked)", "no (as asked)", "finished 4 steps",
                  f"python sample.py --out_dir={tmp_path / 'out'}", "nats per byte"):
         assert part in out
     code, out, err = command(data, tmp_path / "out", max_steps=4, init_from="resume")
