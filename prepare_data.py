@@ -171,7 +171,7 @@ def count_tokens(f):
         raise ValueError(f"{f.name}: not a token shard (starts with {magic}, {version}; expected {MAGIC}, {VERSION})")
     if size != HEADER_BYTES + 2 * count:
         state = "truncated" if size < HEADER_BYTES + 2 * count else "damaged"
-        raise ValueError(f"{f.name}: {state}, {count} tokens in its header, {(size - HEADER_BYTES) // 2} in the file")
+        raise ValueError(f"{f.name}: {state}, {count} tokens in its header, {(size - HEADER_BYTES) / 2:.15g} in the file")
     return count
 
 
