@@ -3,6 +3,9 @@
 TORCH  := torch==2.13.0
 TRITON := triton==3.7.1
 
+# Threads that wait asleep: where other programs want the cores too, spinning ones slow a run down many times.
+export OMP_WAIT_POLICY ?= passive
+
 ifdef PYTHON
 READY :=
 else
