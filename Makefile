@@ -3,27 +3,31 @@
 TORCH  := torch==2.13.0
 TRITON := triton==3.7.1
 
-# Threads that wait asleep: where other programs want the cores too, spinning ones slow a run down many times.
-export OMP_WAIT_POLICY ?= passive
-
 ifdef PYTHON
 READY :=
+TOOLS :=
 else
 PYTHON := .venv/bin/python
 READY  := .venv/ready
+TOOLS  := .venv/tools
 endif
 
 .PHONY: setup demo test test-all lint bench gpu-check clean
 
-setup: $(READY)
+setup: $(TOOLS)
 
 # torch first, pinned: whatever is installed after it then finds it there and does not bring another build along.
 .venv/ready: pyproject.toml
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet $(TORCH)
 	[ "$$(uname -s)" != Linux ] || .venv/bin/python -m pip install --quiet $(TRITON)
-	.venv/bin/python -m pip install --quiet --editable ".[dev]"
+	.venv/bin/python -m pip install --quiet --editable ".[plot]"
 	touch .venv/ready
+
+# What tests need beyond that: pytest, ruff, and every library that results are compared with.
+.venv/tools: .venv/ready
+	.venv/bin/python -m pip install --quiet --editable ".[dev]"
+	touch .venv/tools
 
 # The main job on text that needs no download: prepare, train, sample, and ask the router what it knows.
 demo: $(READY)
@@ -35,19 +39,19 @@ demo: $(READY)
 # Two workers where pytest-xdist is there; files stay whole, because their tests share trained models.
 XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 2 --dist loadfile")
 
-test: $(READY)
+test: $(TOOLS)
 	$(PYTHON) -m pytest $(XDIST)
 
-test-all: $(READY)
+test-all: $(TOOLS)
 	$(PYTHON) -m pytest $(XDIST) -m "slow or not slow"
 
-lint: $(READY)
+lint: $(TOOLS)
 	$(PYTHON) -m ruff check .
 
 bench: $(READY)
 	$(PYTHON) bench.py all
 
-gpu-check: $(READY)
+gpu-check: $(TOOLS)
 	$(PYTHON) bench.py gpu_check
 
 clean:

@@ -23,7 +23,6 @@ from kernel_helpers import (
     distances,
     expert_inputs,
     ids_of,
-    literal_experts,
     literal_kept,
     literal_masked,
     mask_inputs,
@@ -60,16 +59,26 @@ def test_experts_in_half_precision(dtype, tolerance):
     assert max(compare_experts((24, 24, 40, 5, 2, "swiglu", "random", True), "grouped", dtype)) < tolerance
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("ids", ["random", "one"])  # "one": empty groups around a full one
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_grouped_mm_is_the_loop(activation, ids):
-    """What `grouped` is on a GPU; torch has it on CPUs too, for rows of a multiple of 16 bytes."""
-    inputs = expert_inputs(20, 16, 8, 5, 1 if ids == "one" else 2, activation, ids, torch.float32)
-    leaves, choice = [a for a in inputs if a.requires_grad], inputs[2]
-    exact = [a.detach().double().requires_grad_() for a in leaves]
-    ours = outputs_and_gradients(lambda: kernels.expert_ffn_grouped_mm(*inputs, activation, True), leaves)
-    loop = outputs_and_gradients(lambda: literal_experts(exact[0], exact[1], choice, exact[2], exact[3], activation), exact)
-    assert max(distances(ours, loop)) < 2e-6
+@pytest.mark.parametrize("together", [False, True])
+def test_both_ways_of_grouped_are_the_loop(monkeypatch, together, activation, ids, keep, poisoned):
+    """grouped_mm for small experts, one after the other for large ones: made to take either, whatever the size."""
+    monkeypatch.setattr(kernels, "at_once", lambda *_: together)
+    case = (20, 16, 8, 5, 1 if ids == "one" else 2, activation, ids, keep)
+    assert max(compare_experts(case, "grouped", torch.float32)) < 2e-6
+
+
+@pytest.mark.parametrize("rows, d, f, dtype, together", [
+    (4096, 16, 8, torch.float32, True),  # 512 rows of 16 pre-activations an expert
+    (4096, 64, 64, torch.float32, True), (4097, 64, 64, torch.float32, False),  # 256 KB and a row more
+    (4096, 64, 64, torch.float64, False),  # grouped_mm has no float64
+    (64, 18, 8, torch.float32, False), (64, 16, 10, torch.float32, False),  # rows of 72 and 40 bytes
+    (64, 16, 8, torch.bfloat16, True), (64, 16, 12, torch.bfloat16, False)])
+def test_small_experts_go_at_once(rows, d, f, dtype, together):
+    w_in, w_out = torch.zeros(8, 2 * f, d, dtype=dtype), torch.zeros(8, d, f, dtype=dtype)
+    assert kernels.at_once(torch.zeros(1, d, dtype=dtype), w_in, w_out, torch.zeros(rows, dtype=torch.int64)) == together
 
 
 # ----------------------------------------------------------------------------------------------------------------------
