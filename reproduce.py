@@ -8,6 +8,7 @@
 A run is train.py's own, in a folder under out/; its record is one small file in results/runs/. Finished runs are skipped,
 interrupted ones resumed. While out/timing.lock exists (bench.py holds it), running ones are paused.
 """
+import ast
 import contextlib
 import csv
 import json
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,17 +29,17 @@ from statistics import mean, stdev
 
 SIZES = {
     "cpu": dict(dataset="data/stdlib", arch="llama", n_layer=8, n_head=2, d_model=64, d_ff=128, block_size=128, vocab_size=257,
-                batch_tokens=2048, micro_batch=16, max_steps=2000, warmup_steps=50, weight_decay=0.1, eval_every=200,
-                eval_tokens=131072, save_every=200, log_every=10, device="cpu", dtype="float32", compile="false"),
+                batch_tokens=2048, micro_batch=16, max_steps=800, warmup_steps=50, weight_decay=0.1, eval_every=100,
+                eval_tokens=65536, save_every=100, log_every=10, device="cpu", dtype="float32", compile="false"),
     "gpu": dict(dataset="data/packages", arch="llama", n_layer=8, n_head=8, n_kv_head=4, d_model=512, d_ff=1024, block_size=512,
                 vocab_size=50304, batch_tokens=65536, micro_batch=32, max_steps=480, warmup_steps=40, weight_decay=0.1,
                 eval_every=60, eval_tokens=1048576, save_every=240, log_every=10),
 }
 LR = {"cpu": {"dense": 4e-3, "moe": 4e-3, "unipool": 4e-3, "infmoe": 4e-3},
       "gpu": {"dense": 1e-3, "moe": 1e-3, "unipool": 1e-3, "infmoe": 1e-3}}
-SWEEP = (1e-3, 2e-3, 4e-3, 8e-3)  # the same for every flavour, a third of the steps
+SWEEP = (1e-3, 2e-3, 4e-3, 8e-3)  # the same for every flavour, half of the steps
 
-DENSE, VANILLA, INFMOE = dict(flavour="dense"), dict(flavour="switch"), dict(flavour="infmoe")
+DENSE, VANILLA, INFMOE = dict(flavour="dense"), dict(flavour="switch"), dict(flavour="infmoe", infmoe_dz=32)
 UNIPOOL = dict(flavour="unipool", balance_scores="normalised")  # raw, as published, collapses at this size: results/log.md
 TOP2 = dict(flavour="topk", width=0.5)  # 8 experts of half width, two of them: vanilla's active width
 SHARED = dict(flavour="switch", pool_groups=1, n_experts=64)  # one pool, everything else as vanilla
@@ -73,14 +75,14 @@ RUNS = {  # name: (claims, overrides)
     "infmoe": ("eh", INFMOE),
     "infmoe-no-topn": ("e", INFMOE | dict(infmoe_rate=1.0, infmoe_mean=True)),  # a low-rank gated FFN
     "infmoe-no-noise": ("e", INFMOE | dict(infmoe_rate=0.5, infmoe_mean=True)),  # as many neurons as two samples of 25 %
-    "dense-long": ("e2", DENSE | dict(steps=2)),
-    "infmoe-long": ("e2", INFMOE | dict(steps=2)),
+    "dense-short": ("e2", DENSE | dict(steps=0.5)),
+    "infmoe-short": ("e2", INFMOE | dict(steps=0.5)),
     "infmoe-K1": ("e2", INFMOE | dict(infmoe_samples=1)),
     "infmoe-K4": ("e2", INFMOE | dict(infmoe_samples=4)),
     "infmoe-N12": ("e2", INFMOE | dict(infmoe_rate=0.125)),
     "infmoe-N50": ("e2", INFMOE | dict(infmoe_rate=0.5)),
-    "infmoe-dz16": ("e2", INFMOE | dict(infmoe_dz=16)),
-    "infmoe-dz128": ("e2", INFMOE | dict(infmoe_dz=128)),
+    "infmoe-dz8": ("e2", INFMOE | dict(infmoe_dz=8)),
+    "infmoe-dz64": ("e2", INFMOE | dict(infmoe_dz=64)),
     "infmoe-pre": ("e3", INFMOE | dict(infmoe_mask="pre")),
     "infmoe-deep": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25))),
     "infmoe-deep-shared": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_z="shared")),
@@ -143,10 +145,10 @@ CLAIMS = [
     ("e", "the top-N mask matters: below z = mu without it (a low-rank gated FFN) [ours]", "infmoe", "infmoe-no-topn"),
     ("e", "sampling matters: below z = mu with the mask [ours]", "infmoe", "infmoe-no-noise"),
     ("e", "more samples at inference help: K = 8 below K = 1", "infmoe:loss at K=8", "infmoe:loss at K=1"),
-    ("e", "twice the tokens: infinity-MoE still below dense", "infmoe-long", "dense-long"),
+    ("e", "infinity-MoE below dense at half of the tokens too: does the gain last?", "infmoe-short", "dense-short"),
     ("e", "K = 4 in training below K = 2 [ours]", "infmoe-K4", "infmoe"),
-    ("e", "dz = 64 below 16 (the paper: gains up to 128)", "infmoe", "infmoe-dz16"),
-    ("e", "dz = 128 below 64 (the paper: gains up to 128)", "infmoe-dz128", "infmoe"),
+    ("e", "dz = 32 below 8 (the paper: gains up to 128)", "infmoe", "infmoe-dz8"),
+    ("e", "dz = 64 below 32 (the paper: gains up to 128)", "infmoe-dz64", "infmoe"),
     ("e", "two hidden layers below one [seed document, 7.3]", "infmoe-deep", "infmoe"),
     ("e", "deep: masks before the activation are better [seed document, 7.3]", "infmoe-deep-pre", "infmoe-deep"),
     ("e", "deep: hierarchical z below independent z [seed document, 7.3]", "infmoe-deep-hier", "infmoe-deep"),
@@ -223,7 +225,7 @@ def overrides_of(name):
     if name in RUNS:
         return RUNS[name][1]
     base, lr = name.removeprefix("lr/").rsplit("/", 1)  # lr/unipool/0.004
-    return RUNS[base][1] | dict(lr=float(lr), steps=1 / 3)
+    return RUNS[base][1] | dict(lr=float(lr), steps=1 / 2)
 
 
 def run_one(size, name, seed):
@@ -374,9 +376,41 @@ def claims_of(text):
     return [c + (text[i + 1] if text[i + 1:i + 2].isdigit() else "") for i, c in enumerate(text) if c.isalpha()]
 
 
+def make_data(dataset):
+    """The text of a run, where it is not there yet: the library's or the packages' source, or the packages' docstrings."""
+    from prepare_data import DataConfig, list_files, load_meta, prepare
+    with contextlib.suppress(FileNotFoundError):
+        return load_meta(dataset)
+    name, source = Path(dataset).name, Path(dataset).name
+    if name == "prose":  # eight megabytes of what people write about code, in place of code
+        source, size = f"{dataset}.jsonl", 0
+        Path(source).parent.mkdir(exist_ok=True)
+        with open(source, "w") as f:
+            for file in list_files("packages", DataConfig()):
+                if size < 2**23 and (text := docstrings(file.name)):
+                    size += f.write(json.dumps({"text": text}) + "\n")
+    print(f"preparing {dataset}", flush=True)
+    prepare([source], DataConfig(out_dir=dataset, tokenizer="gpt2" if name == "packages" else "bytes"))
+
+
+def docstrings(path):
+    """The docstrings of a Python file, one after the other; nothing for a file that does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(Path(path).read_text())
+    except (SyntaxError, ValueError, RecursionError):
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return "\n\n".join(filter(None, found))
+
+
 def run_all(config):
     """Children, one per run, `jobs` at a time; paused while out/timing.lock exists, stopped (and resumable) at the deadline."""
     todo = [(n, s) for n, s in wanted(config) if not record_path(config.size, n, s).exists()]
+    for dataset in sorted({settings_of(config.size, name)[0]["dataset"] for name, _ in todo}):
+        make_data(dataset)
     deadline = time.monotonic() + config.minutes * 60 if config.minutes else math.inf
     children, failed, paused = {}, [], False
     print(f"{len(todo)} runs to do")
@@ -527,7 +561,7 @@ def report(size):
              "|---|---|---|---|---|---|---|---|",
              *(run_row(records, name) for name in done), "",
              "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds are those of a shared machine: compare them with care.", "",
-             "## Learning rates", "", f"One seed, a third of the steps. Used: {LR[size]}.", "",
+             "## Learning rates", "", f"One seed, half of the steps. Used: {LR[size]}.", "",
              "| | " + " | ".join(f"{lr:g}" for lr in SWEEP) + " |", "|---|" + "---|" * len(SWEEP), *sweep_rows(records), ""]
     suffix = "" if size == "cpu" else f"-{size}"
     Path(f"results/claims{suffix}.md").write_text("\n".join(lines))
