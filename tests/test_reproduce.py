@@ -1,0 +1,262 @@
+"""reproduce.py: budgets that match, runs that resume, and a report that is a pure function of the records."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from train_helpers import make_data
+
+import moe
+import reproduce
+from model import ModelConfig
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+SWEPT = [f"lr/{base}/{lr}" for base in ("dense", "vanilla", "unipool", "infmoe") for lr in reproduce.SWEEP]
+
+
+def model_config(name, size="cpu"):
+    settings, _ = reproduce.settings_of(size, name)
+    return ModelConfig(**{k: v for k, v in settings.items() if k not in TrainConfig.__dataclass_fields__})
+
+
+def n_router(config):
+    """Parameters of a model that no dense model of the same widths has: its routers."""
+    if config.flavour == "infmoe":
+        per_layer = config.d_expert * config.infmoe_dz  # W_z
+        densities = 1 if config.infmoe_mean else 2  # mu, and logvar where something is drawn
+        per_layer += densities * (config.d_model + 1) * config.infmoe_dz
+    elif config.flavour == "dense":
+        per_layer = 0
+    else:
+        per_layer = config.n_experts * config.d_model + (config.router == "norm")
+    return config.n_layer * per_layer
+
+
+# ---- the table
+
+@pytest.mark.parametrize("size", reproduce.SIZES)
+@pytest.mark.parametrize("name", [*reproduce.RUNS, *SWEPT])
+def test_every_run_is_a_valid_configuration(name, size):
+    settings, special = reproduce.settings_of(size, name)
+    TrainConfig(**{k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__})
+    assert model_config(name, size).n_layer >= 8  # a pool needs depth
+    assert special["tune"] is None or special["tune"] in reproduce.RUNS
+
+
+@pytest.mark.parametrize("names", [("dense", "vanilla", "unipool", "vanilla-norm", "shared-pool", "unipool-G4", "top2", "pool2"),
+                                   ("dense-12", "vanilla-12", "unipool-12"), ("dense", "switch-2", "top2-of-4"),
+                                   ("dense", "vanilla-16/2", "unipool-16/2", "vanilla-32/4", "unipool-32/4")])
+def test_equal_active_parameters(names):
+    configs = [model_config(name) for name in names]
+    assert len({c.n_active_params() - n_router(c) for c in configs}) == 1
+
+
+@pytest.mark.parametrize("names", [("vanilla", "unipool", "shared-layer", "unipool-G2", "unipool-G8"), ("top2", "pool2"),
+                                   ("vanilla-12", "unipool-12"), ("dense-wide", "switch-2", "top2-of-4", "infmoe", "infmoe-no-topn"),
+                                   ("vanilla", "vanilla-16/2", "unipool-16/2", "unipool-32/4")])
+def test_equal_expert_parameters(names):
+    configs = [model_config(name) for name in names]
+    assert len({c.n_params() - n_router(c) for c in configs}) == 1
+
+
+@pytest.mark.parametrize("name, private, share", [
+    ("unipool-67%", "vanilla", 0.67), ("unipool-50%", "vanilla", 0.5), ("unipool-33%", "vanilla", 0.33),
+    ("unipool-12-67%", "vanilla-12", 0.67), ("unipool-12-50%", "vanilla-12", 0.5), ("unipool-12-33%", "vanilla-12", 0.33)])
+def test_smaller_pools_have_the_share_they_say(name, private, share):
+    pool, private = model_config(name), model_config(private)
+    assert pool.n_experts / (private.n_layer * private.n_experts) == pytest.approx(share, abs=0.006)
+
+
+def test_claims_name_runs():
+    sides = [side.partition(":")[0] for _, _, *pair in reproduce.CLAIMS for side in pair]
+    assert set(sides) <= set(reproduce.RUNS)
+    letters = {c[0] for claims, _ in reproduce.RUNS.values() for c in reproduce.claims_of(claims)}
+    assert letters == set("abcdefgh")
+
+
+def test_a_claim_runs_what_it_compares():
+    """--only=a,b,e,f leaves no claim of a, b (e and f: their main rows) without its two runs."""
+    of = {name: reproduce.claims_of(claims) for name, (claims, _) in reproduce.RUNS.items()}
+    for claim, text, *pair in reproduce.CLAIMS:
+        for side in pair:
+            assert any(c[0] == claim for c in of[side.partition(":")[0]]), (claim, text, side)
+
+
+@pytest.mark.parametrize("text, claims", [("a", ["a"]), ("abe2", ["a", "b", "e2"]), ("f2h", ["f2", "h"]), ("", [])])
+def test_claims_of(text, claims):
+    assert reproduce.claims_of(text) == claims
+
+
+# ---- one run
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A working folder with a small corpus, and runs of 12 steps."""
+    monkeypatch.chdir(tmp_path)
+    make_data(tmp_path / "data" / "words", n_train=20_001, n_val=3_000)
+    make_data(tmp_path / "data" / "prose", n_train=20_001, n_val=3_000)
+    size = dict(dataset="data/words", n_layer=8, n_head=2, d_model=16, d_ff=32, block_size=16, batch_tokens=256, micro_batch=16,
+                max_steps=12, warmup_steps=2, eval_every=4, eval_tokens=256, save_every=4, log_every=1)
+    monkeypatch.setitem(reproduce.SIZES, "cpu", reproduce.SIZES["cpu"] | size)
+    return tmp_path
+
+
+def record_of(name, seed=1):
+    reproduce.run_one("cpu", name, seed)
+    return json.loads(reproduce.record_path("cpu", name, seed).read_text())
+
+
+MEASURED = {"vanilla": {"routing entropy", "path consistency", "random, all", "random, matched"},
+            "unipool": {"routing entropy", "path consistency", "unique experts", "random, all", "random, matched"},
+            "top2-sp-cp": {"routing entropy", "path consistency", "overlap"},
+            "infmoe": {*(f"loss at K={k}" for k in (1, 2, 4, 8)), "loss at z=mu"}, "infmoe-no-noise": set(), "dense": set()}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_run_leaves_a_record(tiny, name):
+    record = record_of(name)
+    assert set(record["measures"]) == MEASURED[name]
+    assert [point[0] for point in record["curve"]] == [1024, 2048, 3072] and record["tokens"] == 3072
+    assert record["curve"][-1][2] == pytest.approx(record["val_loss"], abs=1e-5)
+    assert record["val_loss"] < record["curve"][0][2]  # it learns
+    assert record["n_active_params"] == model_config(name).n_active_params()
+    assert not {"host", "path"} & set(record) and str(tiny) not in json.dumps(record)  # shares nothing with the machine's name
+
+
+def test_measures_that_claims_ask_for_exist(tiny):
+    asked = {tuple(side.split(":")) for _, _, *pair in reproduce.CLAIMS for side in pair if ":" in side}
+    for name in {name for name, _ in asked} - {"vanilla", "unipool", "top2-sp-cp", "infmoe"}:
+        assert {m for n, m in asked if n == name} <= set(record_of(name)["measures"])
+    for name, measure in asked:
+        assert measure in MEASURED.get(name, {measure})
+
+
+def test_a_stopped_run_goes_on(tiny, monkeypatch):
+    """Stopped after a checkpoint, it ends with the very record of a run that was not."""
+    whole = record_of("top2", seed=1)
+    (tiny / "results").rename(tiny / "first")
+    (tiny / "out").rename(tiny / "first_out")
+    import train
+    honest, calls = train.train_step, []
+
+    def fails_in_step_7(run, step):
+        calls.append(step)
+        if len(calls) == 7:
+            raise OSError("pulled the plug")
+        return honest(run, step)
+
+    monkeypatch.setattr(train, "train_step", fails_in_step_7)
+    with pytest.raises(OSError, match="plug"):
+        record_of("top2", seed=1)
+    again = record_of("top2", seed=1)
+    assert calls[7:] == list(range(4, 12))  # from the checkpoint of step 4
+    assert again["val_loss"] == whole["val_loss"] and again["measures"] == whole["measures"]
+
+
+def test_fine_tuning_starts_from_the_run_it_names(tiny):
+    assert not reproduce.is_ready("cpu", "tune-top2", 1)
+    trained = record_of("top2")
+    assert reproduce.is_ready("cpu", "tune-top2", 1)
+    tuned = record_of("tune-top2")
+    assert tuned["settings"]["dataset"] == "data/prose" and tuned["settings"]["max_steps"] == 6
+    assert tuned["curve"][0][2] < trained["curve"][0][2] - 0.3  # it does not start from scratch
+    assert tuned["settings"]["lr"] == trained["settings"]["lr"] / 4
+
+
+def test_stale_pool_loss_uses_the_counts_of_the_call_before():
+    scores, counts = [torch.rand(6, 4)], [torch.tensor([[3.0, 1, 1, 1]]), torch.tensor([[0.0, 0, 0, 6]])]
+    exact = moe.pool_loss
+    with reproduce.stale_pool_loss():
+        first, second = (moe.pool_loss(scores, list(c)) for c in counts)
+    assert moe.pool_loss is exact
+    assert first == exact(scores, list(counts[0])) and second == exact(scores, list(counts[0])) != exact(scores, list(counts[1]))
+
+
+def test_prose_is_docstrings(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text('"""One."""\nx = "not this"\ndef f():\n    """Two.\n\n    Three."""\nclass C:\n    def g(self):\n        "Four"\n')
+    assert reproduce.docstrings(file) == "One.\n\nTwo.\n\nThree.\n\nFour"
+    file.write_text("def broken(:")
+    assert reproduce.docstrings(file) == ""
+    file.write_bytes(b'"""\xff"""')
+    assert reproduce.docstrings(file) == ""
+
+
+# ---- the report
+
+@pytest.mark.parametrize("freedom, t", reproduce.T_975.items())
+def test_students_t(freedom, t):
+    """2.5 % of Student's density lie beyond t: the density integrated from 0 to t."""
+    x = torch.linspace(0, t, 100_001, dtype=torch.float64)
+    density = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    inside = torch.trapezoid(density * (1 + x**2 / freedom) ** (-(freedom + 1) / 2), x)
+    assert 0.5 - inside.item() == pytest.approx(0.025, abs=2e-5)
+
+
+@pytest.mark.parametrize("differences, verdict", [
+    ([-0.02, -0.03, -0.025], "holds"), ([0.02, 0.03, 0.025], "does not hold here"),
+    ([-0.01, 0.02, 0.0], "undecided at this scale"), ([-0.5], "undecided at this scale"),
+    ([-0.1, -0.9, -0.2], "undecided at this scale"),  # all below zero, but t(2) = 4.3 is wide
+    ([-0.01] * 12, "holds")])
+def test_verdicts(differences, verdict):
+    assert reproduce.verdict(differences) == verdict
+
+
+def write_record(name, seed, loss, **measures):
+    path = reproduce.record_path("cpu", name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"run": name, "size": "cpu", "seed": seed, "val_loss": loss, "n_params": 1000, "n_active_params": 500, "tokens": 2048,
+              "flops_per_token": 3000, "seconds": 2.0, "hardware": "x86_64 CPU, 1 thread(s)", "torch": "2.13.0", "commit": "abc",
+              "curve": [[1024, 1.0, loss + 0.1], [2048, 2.0, loss]], "measures": measures}
+    path.write_text(json.dumps(record))
+
+
+def test_the_report_is_the_same_byte_for_byte(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 2, 3):
+        write_record("dense", seed, 2.0 + seed / 100)
+        write_record("vanilla", seed, 1.9 + seed / 100 + seed / 1000)
+    write_record("unipool", 1, 1.8, **{"random, all": 0.5})
+    write_record("lr/dense/0.002", 1, 2.2)
+    reproduce.report("cpu")
+    files = {p.name: p.read_bytes() for p in Path("results").glob("claims*")}
+    reproduce.report("cpu")
+    assert files == {p.name: p.read_bytes() for p in Path("results").glob("claims*")}
+    text = files["claims.md"].decode()
+    assert "`vanilla` 1.9220 ± 0.0110 | `dense` 2.0200 ± 0.0100 | -0.0980 ± 0.0010 | 3 | holds" in text
+    assert "`unipool` 1.8000 | `vanilla` 1.9110 | -0.1110 | 1 | undecided at this scale" in text
+    assert "not run yet" in text and "**2.2000**" in text
+    assert set(files) >= {"claims.md"}
+
+
+def test_only_seeds_that_both_sides_have_are_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 3):
+        write_record("dense", seed, 2.0)
+    for seed in (1, 2):
+        write_record("vanilla", seed, 1.0)
+    assert reproduce.compare(reproduce.load_records("cpu"), "vanilla", "dense") == [(1.0, 2.0)]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--only=nonsense"], "nonsense is no claim"), (["--report"], "no records of size cpu"), (["--size=tpu"], "size=tpu")])
+def test_mistakes_get_one_line(tmp_path, words, message):
+    run = subprocess.run([sys.executable, ROOT / "reproduce.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_deadline_stops_and_the_next_call_resumes(tmp_path):
+    """Real children: the budget ends in the middle of a run, SIGTERM saves it, and a later call goes on from there."""
+    words = [sys.executable, ROOT / "reproduce.py", "--only=dense", "--seeds=1", "--minutes=0.35"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first, second = (subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment) for _ in range(2))
+    assert "dense seed 1: stopped, resumes next time" in first.stdout and first.returncode == 0
+    rows = (tmp_path / "out/reproduce/cpu-dense-s1/log.csv").read_text().splitlines()[1:]
+    steps = [int(row.split(",")[0]) for row in rows]
+    assert "stopped, resumes next time" in second.stdout and steps == sorted(set(steps)) and len(steps) > 5
