@@ -24,6 +24,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import triton_kernels
 
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)  # decoding uses one product of it
+
 BACKENDS = ("auto", "loop", "grouped", "triton")
 
 
@@ -285,11 +287,13 @@ def kept(scores, value, cut):
 def thresholds_reference(scores, n_keep):
     """scores (R, F) -> value (R,), cut (R,) int32: what `kept` needs to keep the n_keep largest, ties to the lowest column."""
     value = scores.kthvalue(scores.shape[-1] - n_keep + 1, dim=-1, keepdim=True).values
-    tie = scores == value
-    wanted = n_keep - (scores > value).sum(-1, keepdim=True)  # so many of the ties are kept
-    last = (tie & (tie.cumsum(-1, dtype=torch.int32) == wanted)).to(torch.uint8).argmax(-1)
-    cut = torch.where(tie.sum(-1) > wanted.squeeze(-1), last, scores.shape[-1])
-    return value.squeeze(-1), cut.to(torch.int32)
+    cut = torch.full(scores.shape[:-1], scores.shape[-1], dtype=torch.int32, device=scores.device)
+    if scores.is_cuda or (scores >= value).sum() > n_keep * len(scores):  # a CPU may look whether there are ties at all
+        tie = scores == value
+        wanted = n_keep - (scores > value).sum(-1, keepdim=True)  # so many of them are kept
+        last = (tie & (tie.cumsum(-1, dtype=torch.int32) == wanted)).to(torch.uint8).argmax(-1).to(torch.int32)
+        cut = torch.where(tie.sum(-1) > wanted.squeeze(-1), last, cut)
+    return value.squeeze(-1), cut
 
 
 def fused(f):
@@ -482,20 +486,29 @@ def transposed(w):
 
 
 def decode(x, scores, w_in, w_out_t, n_keep, activation):
-    t, k, f = scores.shape
+    """x (T, D), scores (T, K, F), w_in (W, D), w_out_t (F, D) -> y (T, D), in a tuple like every step's results."""
+    (t, k, f), parts = scores.shape, torch.get_num_threads()
     value, cut = thresholds(scores.view(t * k, f), n_keep)
-    mask = torch.where(kept(scores, value.view(t, k), cut.view(t, k)), scores, 0).mean(1).to(x.dtype)  # (T, F)
-    active = mask.any(0).nonzero().squeeze(1)
-    rows = w_in.view(-1, f, x.shape[1]).index_select(1, active).flatten(0, 1).to(x.dtype)  # gate rows, then up rows
-    u = activate(x @ rows.T, activation) * mask.index_select(1, active)
-    return (u @ w_out_t.index_select(0, active).to(x.dtype),)
+    mask = torch.where(kept(scores, value.view(t, k), cut.view(t, k)), scores, 0).mean(1)  # (T, F)
+    if x.is_cuda or w_in.dtype not in (torch.float32, torch.float64):  # torch has no products with sampled columns there
+        return (activate(x @ w_in.to(x.dtype).T, activation) * mask.to(x.dtype) @ w_out_t.to(x.dtype),)
+    if t < parts:  # a thread takes a row: give each row's share of the neurons a row of its own
+        share = torch.arange(f) * parts // f == torch.arange(parts).unsqueeze(1)  # (parts, F)
+        mask = (mask.unsqueeze(1) * share).flatten(0, 1)  # (T*parts, F)
+    active, rows = mask.to(w_in.dtype).to_sparse_csr(), x.to(w_in.dtype).repeat_interleave(len(mask) // t, 0)
+    h = [torch.sparse.sampled_addmm(active, rows, w.T, beta=0).values() for w in w_in.split(f)]  # gate, up or h: (active,)
+    u = activate(torch.cat(h), activation) * active.values()
+    y = F.embedding_bag(active.col_indices(), w_out_t, active.crow_indices()[:-1], mode="sum", per_sample_weights=u)
+    return (y.view(t, -1, x.shape[1]).sum(1).to(x.dtype),)
 
 
-@custom_op("nanoexperts::decode", mutates_args=())
-def decode_op(x: Tensor, z: Tensor, w_in: Tensor, w_out: Tensor, w_z: Tensor, n_keep: int, activation: str,
-              backend: str) -> Tensor:
+def decode_few(x: Tensor, z: Tensor, w_in: Tensor, w_out: Tensor, w_z: Tensor, n_keep: int, activation: str,
+               backend: str) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return run("decode", backend, x, F.linear(z, w_z), w_in, transposed(w_out), n_keep, activation)[0]
+
+
+decode_op = custom_op("nanoexperts::decode", decode_few, mutates_args=())  # for torch.compile; eager code skips its overhead
 
 
 @decode_op.register_fake
@@ -522,7 +535,8 @@ def masked_ffn(x, z, w_in, w_out, w_z, n_keep, activation, backend="auto"):
     x, z, w_z = x.to(dtype), z.to(score_dtype).contiguous(), w_z.to(score_dtype)
     save = torch.is_grad_enabled() and any(a.requires_grad for a in (x, z, w_in, w_out, w_z))
     if n_keep and not save and backend != "loop" and t <= 8 and (1 - n_keep / f) ** (k if x.is_cuda else t * k) > 0.4:
-        return decode_op(x, z, w_in, w_out, w_z, n_keep, activation, backend)
+        few = decode_op if torch.compiler.is_compiling() else decode_few
+        return few(x, z, w_in, w_out, w_z, n_keep, activation, backend)
     w_in, w_out = w_in.to(dtype), w_out.to(dtype)
     if n_keep is None:  # then the mask is linear in z
         return F.linear(activate(F.linear(x, w_in), activation) * F.linear(z.mean(1), w_z), w_out)

@@ -271,6 +271,25 @@ def test_decoding_reads_active_rows_only():
     assert max(distances([kernels.masked_ffn(x, z, w_in, w_out, w_z, 16, "gelu")], [expected])) < 1e-12
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("t, k, f, n, activation, weights", [
+    (1, 1, 64, 16, "gelu", "normal"),
+    (1, 2, 64, 16, "swiglu", "normal"),  # two masks, summed
+    (2, 1, 50, 13, "swiglu", "normal"),  # a width that threads do not divide
+    (8, 1, 320, 30, "gelu", "normal"),  # more rows than threads
+    (1, 2, 40, 9, "gelu", "integers"),  # ties, and scores of zero
+    (1, 1, 7, 1, "swiglu", "normal")])  # fewer neurons kept than threads
+def test_decoding_is_k_whole_ffns(monkeypatch, t, k, f, n, activation, weights, dtype, threads):
+    inputs = [a.detach() for a in mask_inputs(t, 12, f, k, 6, n, activation, weights, dtype)]
+    called = []
+    monkeypatch.setattr(kernels, "decode", lambda *a, honest=kernels.decode: called.append(1) or honest(*a))
+    torch.set_num_threads(threads)
+    y = kernels.masked_ffn(*inputs, n, activation)
+    assert called and max(distances([y], [literal_masked(*(a.double() for a in inputs), n, activation)])) < (
+        1e-12 if dtype == torch.float64 else 2e-6)
+
+
 def test_decoding_sees_a_weight_update():
     """Decoding keeps a transposed copy of w_out: an optimizer step in place must not leave it stale."""
     x, z, w_in, w_out, w_z = (a.detach() for a in mask_inputs(1, 12, 64, 1, 6, 16, "gelu"))
@@ -293,9 +312,10 @@ def test_no_mask_is_stored():
 
 
 @pytest.mark.parametrize("backend", ["grouped", "auto"])
-@pytest.mark.parametrize("t", [3, 13])  # 3: decoding
+@pytest.mark.parametrize("t", [1, 2, 13])  # 1, 2: decoding
 def test_masked_ffn_compiles_without_graph_breaks(backend, t):
     leaves = mask_inputs(t, 8, 24, 1, 6, 7, "swiglu", dtype=torch.float32)
+    torch.compiler.reset()  # other shapes and modes would count against the limit of recompilations
     compiled = torch.compile(kernels.masked_ffn, fullgraph=True, backend="aot_eager")
     runs = [outputs_and_gradients(lambda f=f: f(*leaves, 7, "swiglu", backend), leaves) for f in (kernels.masked_ffn, compiled)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
@@ -303,7 +323,7 @@ def test_masked_ffn_compiles_without_graph_breaks(backend, t):
         assert torch.equal(compiled(*leaves, 7, "swiglu", backend), kernels.masked_ffn(*leaves, 7, "swiglu", backend))
 
 
-@pytest.mark.parametrize("t", [3, 13])
+@pytest.mark.parametrize("t", [1, 2, 13])  # 1, 2: decoding
 def test_masked_ffn_under_autocast(t):
     leaves = mask_inputs(t, 16, 40, 1, 3, 11, "gelu", "integers", torch.float32)
     exact = kernels.masked_ffn(*leaves, 11, "gelu")

@@ -57,7 +57,8 @@ def test_equal_active_parameters(names):
 
 
 @pytest.mark.parametrize("names", [("vanilla", "unipool", "shared-layer", "unipool-G2", "unipool-G8"), ("top2", "pool2"),
-                                   ("vanilla-12", "unipool-12"), ("dense-wide", "switch-2", "top2-of-4", "infmoe", "infmoe-no-topn"),
+                                   ("vanilla-12", "unipool-12"),
+                                   ("dense-wide", "switch-2", "top2-of-4", "infmoe", "infmoe-no-topn"),
                                    ("vanilla", "vanilla-16/2", "unipool-16/2", "unipool-32/4")])
 def test_equal_expert_parameters(names):
     configs = [model_config(name) for name in names]
@@ -179,7 +180,9 @@ def test_stale_pool_loss_uses_the_counts_of_the_call_before():
 
 def test_prose_is_docstrings(tmp_path):
     file = tmp_path / "a.py"
-    file.write_text('"""One."""\nx = "not this"\ndef f():\n    """Two.\n\n    Three."""\nclass C:\n    def g(self):\n        "Four"\n')
+    file.write_text('"""One."""\nx = "not this"\n'
+                    'def f():\n    """Two.\n\n    Three."""\n'
+                    'class C:\n    def g(self):\n        "Four"\n')
     assert reproduce.docstrings(file) == "One.\n\nTwo.\n\nThree.\n\nFour"
     file.write_text("def broken(:")
     assert reproduce.docstrings(file) == ""
@@ -210,8 +213,9 @@ def test_verdicts(differences, verdict):
 def write_record(name, seed, loss, **measures):
     path = reproduce.record_path("cpu", name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"run": name, "size": "cpu", "seed": seed, "val_loss": loss, "n_params": 1000, "n_active_params": 500, "tokens": 2048,
-              "flops_per_token": 3000, "seconds": 2.0, "hardware": "x86_64 CPU, 1 thread(s)", "torch": "2.13.0", "commit": "abc",
+    record = {"run": name, "size": "cpu", "seed": seed, "val_loss": loss, "n_params": 1000, "n_active_params": 500,
+              "tokens": 2048, "flops_per_token": 3000, "seconds": 2.0,
+              "hardware": "x86_64 CPU, 1 thread(s)", "torch": "2.13.0", "commit": "abc",
               "curve": [[1024, 1.0, loss + 0.1], [2048, 2.0, loss]], "measures": measures}
     path.write_text(json.dumps(record))
 
