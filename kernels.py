@@ -148,7 +148,7 @@ def experts_backward(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activa
 def choose_backend(x):
     """What `auto` means for x, by device and dtype alone, never by timing: (backend, reason)."""
     if not x.is_cuda:
-        return "grouped", "no GPU: grouped_mm for small experts, large ones one after the other"
+        return "grouped", "no GPU: the matrix products are torch's"
     if not triton_kernels.triton or torch.cuda.get_device_capability(x.device) < (8, 0):
         return "grouped", "no Triton, or a GPU older than sm_80"
     return ("grouped", "the kernels do not speak float64") if x.dtype == torch.float64 else ("triton", "fused kernels")

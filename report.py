@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import kernels
 from machine import PEAK_FLOPS, accumulation_steps, flops_per_token, peak_flops, pick_device
 from model import GPT
 from prepare_data import ShardReader
@@ -53,6 +54,9 @@ def describe(run, start):
         device=f"{ranks.device.type} ({machine}), shard={c.shard}",
         dtype=f"{str(run.dtype)[6:]} ({run.dtype_reason})",
         compile=f"{'yes' if run.compiled else 'no'} ({run.compile_reason})")
+    if m.flavour != "dense":
+        backend, reason = kernels.choose_backend(torch.empty(0, dtype=run.dtype, device=ranks.device))
+        rows["experts"] = f"{backend} ({reason})" if m.backend == "auto" else f"{m.backend} (as asked)"
     if c.init_from == "resume":
         before = {k: start["train_config"].get(k, v) for k, v in asdict(c).items() if k not in NOT_KEPT}
         changes = [f"{k} was {v}, is {getattr(c, k)}" for k, v in before.items() if v != getattr(c, k)]

@@ -1,0 +1,113 @@
+"""bench.py: its references are right, a wrong result has no speed, and a table says what it says."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_helpers import distances, expert_inputs, literal_experts, literal_masked, mask_inputs
+
+import bench
+import kernels
+from model import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def routed(t=40, d=16, f=8, e=5, k=2):
+    """Inputs of the bench's MoE layers, and what a loop over tokens makes of them."""
+    x, _, _, w_in, w_out = (a.detach() for a in expert_inputs(t, d, f, e, k, "swiglu", dtype=torch.float32))
+    router = torch.randn(e, d)
+    weights, ids = (x @ router.T).softmax(-1).topk(k)
+    exact = literal_experts(x.double(), weights.double(), ids, w_in.double(), w_out.double(), "swiglu")[0]
+    return (x, router, w_in, w_out, k), exact
+
+
+@pytest.mark.parametrize("layer", [bench.moe_by_masks, bench.moe_by_grouped_mm, bench.moe_ours])
+def test_layers_are_the_loop(layer):
+    inputs, exact = routed()
+    assert max(distances([layer(*inputs)], [exact])) < 2e-6
+
+
+@pytest.mark.parametrize("layer", [bench.infmoe_literal, bench.infmoe_inside])
+def test_continuous_references_are_the_formula(layer):
+    x, z, w_in, w_out, w_z = (a.detach() for a in mask_inputs(9, 16, 40, 3, 4, 10, "gelu"))
+    assert max(distances([layer(x, z, w_in, w_out, w_z, 10)], [literal_masked(x, z, w_in, w_out, w_z, 10, "gelu")])) < 1e-12
+
+
+@pytest.fixture
+def table(tmp_path):
+    return bench.Table("moe", bench.BenchConfig(quick=True, out=str(tmp_path), repeat=1), "cpu")
+
+
+def test_a_wrong_result_has_no_speed(table, monkeypatch, capsys):
+    honest = kernels.expert_ffn
+    monkeypatch.setattr(kernels, "expert_ffn", lambda *a, **k: (honest(*a, **k)[0] * 1.001, None))
+    with pytest.raises(SystemExit):
+        bench.bench_moe(table, table.config, "cpu", torch.float32)
+    assert not table.rows and "disagrees with its reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_nan_does_not_agree(wrong):
+    with pytest.raises(SystemExit):
+        bench.agree("x", torch.tensor([1.0, wrong]), torch.tensor([1.0, 2.0]), 1e-2)
+
+
+def test_rows_say_whether_they_reach(table, tmp_path, capsys):
+    table.faster("C2", "twice as fast", 2.0, 1.0, ">= 1.1")
+    table.row("C7", "too slow", 1.0, 1.3, 1.3, "<= 1.25")
+    table.row("-", "only told", 1.0, 1.3, 1.3, "")
+    assert [row["reached"] for row in table.rows] == [True, False, None]
+    table.save()
+    table.save()
+    first, second = map(json.loads, (tmp_path / "moe.jsonl").read_text().splitlines())  # appended
+    assert first == second and first["rows"] == table.rows and first["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps({k: v for k, v in first.items() if k != "command"})
+    assert "NOT REACHED" in capsys.readouterr().out
+
+
+def test_rounds_are_interleaved_and_medians():
+    called, sleeps = [], iter([0, 0, 0, 0, 0.05, 0, 0, 0, 0, 0])
+    times = bench.interleave({"a": lambda: (called.append("a"), bench.time.sleep(next(sleeps))), "b": lambda: called.append("b")},
+                             "cpu", 3)
+    assert "".join(called) == "aabb" + "ababab" and times["a"] < 0.02  # one slow round does not count
+
+
+def test_saved_bytes_are_linear_in_tokens():
+    shapes = (32, 16), (4, 16), (4, 16, 16), (4, 16, 8)
+    x, router, w_in, w_out = bench.leaves("cpu", torch.float32, *shapes)
+    small = bench.saved_bytes(x, router, w_in, w_out)
+    x = bench.leaves("cpu", torch.float32, (128, 16))[0]
+    assert small > 32 * 16 * 4 and bench.saved_bytes(x, router, w_in, w_out) == pytest.approx(4 * small, rel=0.05)
+
+
+def test_reproduce_is_asked_to_pause(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError), bench.timing_lock():
+        assert Path("out/timing.lock").exists()
+        raise RuntimeError
+    assert not Path("out/timing.lock").exists()
+
+
+def test_plain_and_fast_steps_train_alike():
+    config = ModelConfig(n_layer=2, n_head=2, d_model=32, block_size=16, vocab_size=50)
+    plain, ours = (bench.training_step(config, "cpu", 2, plain) for plain in (True, False))
+    for _ in range(3):
+        assert plain().item() == pytest.approx(ours().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["decode", pytest.param("pool", marks=pytest.mark.slow)])
+def test_quick_tables_run(name, tmp_path, monkeypatch):
+    table = bench.Table(name, bench.BenchConfig(quick=True, out=str(tmp_path), repeat=1), "cpu")
+    bench.BENCHES[name](table, table.config, "cpu", torch.float32)
+    assert table.rows and all(row["ours"] > 0 for row in table.rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("words, message", [(["nonsense"], "unknown bench 'nonsense'"), (["gpu_check"], "needs a CUDA device"),
+                                            (["moe", "--quik"], "--quick")])
+def test_mistakes_get_one_line(tmp_path, words, message):
+    run = subprocess.run([sys.executable, ROOT / "bench.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1
