@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import fail, nearest, parse
-from machine import pick_device
+from machine import newest_run, pick_device
 from model import GPT, KVCache, ModelConfig, load_checkpoint
 from prepare_data import get_tokenizer
 
@@ -222,15 +222,6 @@ def print_results(results, preset):
         print(f"{name:24}{value:16.2f}   (paper{': five tasks, without lambada and race' if '*' in name else ''})")
 
 
-def newest():
-    """The folder under out/ whose checkpoint was written last."""
-    found = sorted(Path("out").glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError("no checkpoint under out/: train one with  python train.py config/tiny_unipool.py  "
-                                "or name one with --out_dir or --hf")
-    return str(found[-1].parent)
-
-
 def load(folder, device="auto", dtype="auto"):
     """A checkpoint of ours -> model, tokenizer, and the dictionary that was saved (without its weights)."""
     saved = load_checkpoint(Path(folder, "ckpt.pt"))
@@ -248,7 +239,7 @@ def main():
             device = str(pick_device(config.device))
             lm = harness.models.huggingface.HFLM(pretrained=config.hf, dtype=config.dtype, device=device, batch_size=8)
         else:
-            config.out_dir = config.out_dir or newest()
+            config.out_dir = config.out_dir or str(newest_run())
             model, tokenizer, _ = load(config.out_dir, config.device, config.dtype)
             if config.samples:
                 model.set_samples(config.samples)

@@ -92,7 +92,7 @@ def accumulation_steps(config, block_size, n_ranks):
 
 
 def newest_run(folder="out"):
-    """The folder of the newest checkpoint somewhere in `folder`."""
+    """The folder of the checkpoint that was written last, somewhere in `folder`."""
     found = sorted(Path(folder).glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"no checkpoint under {folder}/: train one with  python train.py, or name a folder by --out_dir")

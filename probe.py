@@ -35,7 +35,7 @@ import hf
 import kernels
 import moe
 from configurator import fail, parse
-from machine import pick_device
+from machine import newest_run, pick_device
 from prepare_data import ShardReader, load_meta
 
 FAMILIES = "Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3, gpt-oss and Granite-MoE"
@@ -655,7 +655,7 @@ def saver(subject, config):
 def probe(config):
     """Run the probes that the configuration asks for."""
     if not config.hf:
-        config.out_dir = config.out_dir or evaluate.newest()
+        config.out_dir = config.out_dir or str(newest_run())
     subject = load_hf(config) if config.hf else load_ours(config)
     if not subject.layers:
         raise ValueError(f"{subject.name} is dense: there is no router to ask")
