@@ -10,6 +10,7 @@ disagrees prints no speed. Tables go to the screen, and as JSON with hardware, v
 While it runs it holds out/timing.lock, which pauses the runs of reproduce.py.
 """
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 import kernels
 import moe
 from configurator import fail, parse
-from machine import PEAK_FLOPS, flops_per_token, pick_compile, pick_dtype
+from machine import PEAK_FLOPS, flops_per_token, keep_memory, pick_compile, pick_dtype
 from model import GPT, ModelConfig
 from train import TrainConfig
 
@@ -292,34 +293,25 @@ def training_step(config, device, batch, plain=False):
     return step
 
 
-def compare_steps(table, id, what, reference, ours, reach, batch, rounds, device, plain=False, same=False, invert=False):
-    """Seconds of a training step of two configurations (plain: the reference in plain eager fp32; same: one loss expected)."""
-    steps = {"reference": training_step(reference, device, batch, plain), "ours": training_step(ours, device, batch)}
-    if same:
-        agree(what, steps["ours"]().detach(), steps["reference"]().detach(), 2e-2)
-    times = interleave(steps, device, rounds)
-    ratio = times["ours"] / times["reference"] if invert else times["reference"] / times["ours"]
-    table.row(id, what, times["reference"], times["ours"], ratio, reach)
-
-
 def bench_train(table, c, device, dtype):
     """C1, C6, C7, C9: whole training steps, optimizer included."""
     dense = ModelConfig(n_layer=6, n_head=6, d_model=384, block_size=256, vocab_size=8192)
-    compare_steps(table, "C1", "training step, GPT 6 layers d=384, against plain eager fp32", dense, dense, ">= 2.2", 8,
-                  c.repeat or 5, device, plain=True, same=True)
+    steps = {"plain": training_step(dense, device, 8, plain=True), "ours": training_step(dense, device, 8)}
+    agree("training step", steps["ours"]().detach(), steps["plain"]().detach(), 2e-2)
+    times = interleave(steps, device, c.repeat or 7)
+    table.faster("C1", "training step, GPT 6 layers d=384, against plain eager fp32", times["plain"], times["ours"], ">= 2.2")
     if c.quick:
         return
     base = dict(arch="llama", n_layer=8, n_head=4, d_model=256, d_ff=512, block_size=256, vocab_size=257)
-    dense, vanilla = ModelConfig(**base), ModelConfig(flavour="switch", **base)
-    unipool = ModelConfig(flavour="unipool", **base)
-    top2 = dict(base, flavour="topk", d_expert=256)
-    rounds, batch = c.repeat or 3, 64  # 16k tokens
+    models = {"dense": ModelConfig(**base), "vanilla": ModelConfig(flavour="switch", **base),
+              "unipool": ModelConfig(flavour="unipool", **base), "top2": ModelConfig(flavour="topk", d_expert=256, **base)}
+    models["losses"] = dataclasses.replace(models["top2"], specialization_coef=2e-3, coupling_coef=1e-3)
+    times = interleave({name: training_step(m, device, 64) for name, m in models.items()}, device, c.repeat or 5)  # 16k tokens
     for id, what, reference, ours, reach in (
-            ("C7", "training step, top 1 of 8, against dense of equal FLOPs", dense, vanilla, "<= 1.25"),
-            ("C6", "training step, UniPool M = 8 L, against vanilla MoE", vanilla, unipool, "<= 1.25"),
-            ("C9", "training step with specialization and coupling, against off", ModelConfig(**top2),
-             ModelConfig(**top2, specialization_coef=2e-3, coupling_coef=1e-3), "<= 1.05")):
-        compare_steps(table, id, what, reference, ours, reach, batch, rounds, device, invert=True)
+            ("C6", "training step, UniPool M = 8 L, against vanilla MoE", "vanilla", "unipool", "<= 1.25"),
+            ("C7", "training step, top 1 of 8, against dense of equal FLOPs", "dense", "vanilla", "<= 1.25"),
+            ("C9", "training step with specialization and coupling, against off", "top2", "losses", "<= 1.05")):
+        table.row(id, what, times[reference], times[ours], times[ours] / times[reference], reach)
 
 
 def bench_pool(table, c, device, dtype):
@@ -544,6 +536,7 @@ def main():
     if c.threads:
         torch.set_num_threads(c.threads)
     device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    keep_memory()  # as train.py does
     with timing_lock():
         if name == "gpu_check":
             return gpu_check(c)

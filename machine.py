@@ -1,11 +1,13 @@
 """The machine that a model runs on: device, precision and speed, ranks, signals, and how a model is spread over ranks."""
 
 import contextlib
+import ctypes
 import importlib.util
 import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -39,6 +41,15 @@ def pick_device(name, local_rank=0):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def keep_memory():
+    """glibc hands freed blocks of over 32 MB back to the system, which zeroes each page again at the next step: tell it to
+    keep them. A CPU then trains up to a third faster with large activations. Other C libraries are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
 
 
 def pick_compile(config, device, n_active):

@@ -458,11 +458,16 @@ def z_loss(logits):
 
 
 def pair_cosines(activations, eps=1e-12):
-    """Cosines between the activations of the experts that one token chose: (T, K, F) -> (T, K*(K-1)/2)."""
-    a = activations.to(torch.promote_types(activations.dtype, torch.float32))
-    a = a / torch.linalg.vector_norm(a, dim=-1, keepdim=True).clamp_min(eps)
+    """Cosines between the activations of the experts that one token chose: (T, K, F) -> (T, K*(K-1)/2).
+
+    By the K x K products of a token's activations, so that the large tensor is read once and never copied.
+    """
+    with torch.autocast(activations.device.type, enabled=False):
+        a = activations.to(torch.promote_types(activations.dtype, torch.float32))
+        gram = a @ a.transpose(1, 2)  # (T, K, K)
+    norms = gram.diagonal(dim1=1, dim2=2).clamp_min(eps**2).sqrt()  # (T, K)
     i, j = torch.triu_indices(a.shape[1], a.shape[1], 1, device=a.device)
-    return (a[:, i] * a[:, j]).sum(-1)
+    return gram[:, i, j] / (norms[:, i] * norms[:, j])
 
 
 def specialization_loss(activations, form="square"):

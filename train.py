@@ -39,6 +39,7 @@ from machine import (
     flops_per_token,
     gather_state,
     join_ranks,
+    keep_memory,
     load_optimizer,
     peak_flops,
     pick_compile,
@@ -373,6 +374,7 @@ def train(model_config, config, start=None):
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signals())  # before the ranks: torchrun sends SIGTERM while a lost one is looked for
         ranks = stack.enter_context(join_ranks(config))
+        keep_memory()
         stack.enter_context(torch.random.fork_rng([ranks.device.index] if ranks.device.type == "cuda" else []))
         say = functools.partial(say_line, ranks.rank == 0 and not config.quiet)
         start = start or load_start(config)

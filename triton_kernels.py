@@ -327,13 +327,15 @@ def experts_forward(x, weights, order, ends, w_in, w_out, activation, save, keep
     up_kernel[lambda meta: (tiles.n_tiles * triton.cdiv(f, meta["BLOCK_N"]),)](
         x, w_in, h, act, tiles.token, *tiles[1:5], D=d, F=f, SWIGLU=activation == "swiglu", SAVE=save, PRECISION=precision(),
         BLOCK_M=tiles.block_m)
-    return sum_choices(launch_down(act, w_out, weights, tiles, transposed=False), k), h, act if keep else act.new_empty(0, f)
+    y = sum_choices(launch_down(act, w_out, weights, tiles, transposed=False), k)
+    return y, h, torch.empty_like(act).index_copy_(0, order, act) if keep else act.new_empty(0, f)
 
 
 def experts_backward(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation):
     n, k, d, f = order.numel(), weights.shape[1], x.shape[1], w_out.shape[2]
     tiles = cut_into_tiles(order, ends, k, x.element_size())
     dh, gated_act = torch.empty_like(h), x.new_empty(n, f)
+    d_acts = None if d_acts is None else d_acts.index_select(0, order)  # from token order, as it was given, to expert order
     d_gate = x.new_zeros(triton.cdiv(f, 32), n, dtype=torch.float32)  # a partial sum per column block; none is narrower
     act_backward_kernel[lambda meta: (tiles.n_tiles * triton.cdiv(f, meta["BLOCK_N"]),)](
         dy, w_out, h, dh, gated_act, d_gate, weights, h if d_acts is None else d_acts, tiles.token, tiles.slot, *tiles[1:5], n,

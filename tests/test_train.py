@@ -761,3 +761,19 @@ def test_random_runs_resume(data, tmp_path, monkeypatch):
         tiny_run(data, tmp_path / f"whole{i}", flavour, **settings)
         run_crash_resume(data, tmp_path / f"broken{i}", flavour, monkeypatch, step, **settings)
         assert_same_run(tmp_path / f"broken{i}", tmp_path / f"whole{i}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
+def test_freed_memory_is_kept():
+    """Allocated again, 200 MB cost next to no page faults; without the call they cost at least one for each huge page."""
+    code = """if True:
+        import resource, sys, torch, machine
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        if sys.argv[1] == "keep":
+            machine.keep_memory()
+        for _ in range(3):
+            before = faults()
+            torch.ones(50_000_000)
+        print(faults() - before)"""
+    kept, given_back = (int(run([PYTHON, "-c", code, word]).stdout) for word in ("keep", "give"))
+    assert kept < 20 < given_back
