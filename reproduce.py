@@ -22,7 +22,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is run. Widths are shares of the dense FFN's (`width`), so that one table serves every size.
@@ -247,15 +247,18 @@ def run_one(size, name, seed):
     if not result["finished"]:
         sys.exit(128 + signal.SIGTERM)
     with open(folder / "log.csv") as f:
-        rows = [row for row in csv.DictReader(f) if row["val_loss"]]
+        logged = list(csv.DictReader(f))
+    rows = [row for row in logged if row["val_loss"]]
+    speed = median(float(row["tokens_per_second"]) for row in logged)  # a run may have been paused: clocks would count that
     model = GPT.from_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
     last = rows[-1]
     record = {"run": name, "size": size, "seed": seed, "settings": settings, "val_loss": result["val_loss"],
               "n_params": model_config.n_params(), "n_active_params": model_config.n_active_params(),
               "flops_per_token": flops_per_token(model_config), "tokens": int(last["tokens"]),
-              "seconds": round(float(last["seconds"]), 1), "hardware": hardware(), "torch": torch.__version__, "commit": commit(),
+              "seconds": round(int(last["tokens"]) / speed, 1), "hardware": hardware(), "torch": torch.__version__,
+              "commit": commit(),
               "routing": {k: round(float(last[k]), 5) for k in ROUTING_COLUMNS if last.get(k)},
-              "curve": [[int(r["tokens"]), round(float(r["seconds"]), 1), round(float(r["val_loss"]), 5)] for r in rows],
+              "curve": [[int(r["tokens"]), round(int(r["tokens"]) / speed, 1), round(float(r["val_loss"]), 5)] for r in rows],
               "measures": {k: round(v, 6) for k, v in measure(model, settings, folder, RUNS.get(name, ("", {}))[0]).items()}}
     path = record_path(size, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -560,7 +563,8 @@ def report(size):
              "## Runs", "", "| run | validation loss | seeds | stored | active | tokens | FLOPs | seconds |",
              "|---|---|---|---|---|---|---|---|",
              *(run_row(records, name) for name in done), "",
-             "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds are those of a shared machine: compare them with care.", "",
+             "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds: tokens by a run's median speed on one core of a shared",
+             "machine, validations apart; compare them with care.", "",
              "## Learning rates", "", f"One seed, four sevenths of the steps. Used: {LR[size]}.", "",
              "| | " + " | ".join(f"{lr:g}" for lr in SWEEP) + " |", "|---|" + "---|" * len(SWEEP), *sweep_rows(records), ""]
     suffix = "" if size == "cpu" else f"-{size}"

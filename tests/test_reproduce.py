@@ -165,7 +165,7 @@ def test_fine_tuning_starts_from_the_run_it_names(tiny):
     assert reproduce.is_ready("cpu", "tune-top2", 1)
     tuned = record_of("tune-top2")
     assert tuned["settings"]["dataset"] == "data/prose" and tuned["settings"]["max_steps"] == 6
-    assert tuned["curve"][0][2] < trained["curve"][0][2] - 0.3  # it does not start from scratch
+    assert tuned["curve"][0][2] < trained["curve"][0][2] - 0.1  # it does not start from scratch
     assert tuned["settings"]["lr"] == trained["settings"]["lr"] / 4
 
 
