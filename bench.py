@@ -273,7 +273,7 @@ def decode_ours(layer, x, keys):
 
 def training_step(config, device, batch, plain=False):
     """A closure that takes one optimizer step on a fixed batch, with train.py's defaults for this device (or plain: eager,
-    fp32, unfused), and the loss of its first step for the comparison."""
+    fp32, unfused, memory as glibc treats it), and the loss of its first step for the comparison."""
     torch.manual_seed(0)
     model = GPT(config).to(device)
     t = TrainConfig()
@@ -284,6 +284,7 @@ def training_step(config, device, batch, plain=False):
     tokens = torch.randint(config.vocab_size, (batch, config.block_size + 1)).to(device)
 
     def step():
+        keep_memory(not plain)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             out = forward(tokens[:, :-1], tokens[:, 1:])
         (out.loss + sum(out.aux.values())).backward()

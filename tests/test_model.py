@@ -898,3 +898,25 @@ def test_unreadable_checkpoints(kind, tmp_path, monkeypatch):
 def test_missing_checkpoint_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train\.py --out_dir="):
         GPT.from_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7, 4), (1, 1, 2, 8), (1, 2, 512, 4)])
+def test_plain_attention_is_torchs(shape):
+    """What a CPU uses in bf16: outputs and gradients of torch's fused attention, in float64."""
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    ours, fused = model_file.causal_attention(*inputs), F.scaled_dot_product_attention(*inputs, is_causal=True)
+    assert torch.allclose(ours, fused, atol=1e-6)  # scores are fp32
+    grad = torch.randn(shape, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(fused, inputs, grad)):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("length, plain", [(1, False), (2, True), (512, True), (513, False)])
+def test_bf16_on_a_cpu_takes_plain_attention_up_to_512_tokens(monkeypatch, length, plain):
+    gpt = GPT(ModelConfig(n_layer=1, n_head=2, d_model=16, block_size=513, vocab_size=20))
+    tokens, called = torch.randint(20, (1, length)), []
+    exact = gpt(tokens).logits
+    monkeypatch.setattr(model_file, "causal_attention", lambda *a, honest=model_file.causal_attention: called.append(1) or honest(*a))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = gpt(tokens).logits
+    assert bool(called) == plain and (logits - exact).norm() < 0.02 * exact.norm()
