@@ -108,6 +108,7 @@ RUNS = {  # name: (claims, overrides)
     "tune-top2-sp-cp": ("f3", TOP2 | SP | CP | dict(tune="top2")),
     "unipool-stale": ("h", UNIPOOL | dict(stale=True)),  # f of the previous micro-batch, as the paper's code does
     "unipool-local": ("h", UNIPOOL | dict(micro_batch=2)),  # balance over 2 sequences at a time, as on 8 ranks without all-reduce
+    "unipool-8x": ("h", UNIPOOL | dict(balance_coef=8e-2)),  # the pool loss once in every layer: 8 times as strong
     "unipool-raw": ("ah", UNIPOOL | dict(balance_scores="raw")),  # as published
 }
 
@@ -168,6 +169,7 @@ CLAIMS = [
     ("g", "random routing costs a pool more than private banks (all)", "vanilla:random, all", "unipool:random, all"),
     ("g", "the same among the 8 experts that a layer uses most", "vanilla:random, all", "unipool:random, matched"),
     ("h", "exact pool loss below the one-step-behind one [ours]", "unipool", "unipool-stale"),
+    ("h", "the pool loss in every layer (8 times as strong) below once [ours]", "unipool-8x", "unipool"),
     ("h", "balance over the batch below balance over 2 sequences [Qiu et al.]", "unipool", "unipool-local"),
     ("h", "normalised scores in the pool loss below raw ones [ours]", "unipool", "unipool-raw"),
     ("h", "a pool with specialization and path coupling below the pool [ours]", "pool2-sp-path", "pool2"),
