@@ -25,8 +25,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import triton_kernels
 
-# Large CPU tensors in huge pages, where the system lets programs ask for them: a fresh 200 MB gradient costs 100 page faults
-# instead of 50,000, which halves the time of its product. torch reads this when it allocates its first tensor.
+# Large CPU tensors in huge pages, where the system lets programs ask for them: a fresh 200 MB gradient costs 800 page faults
+# instead of 49,000 (results/log.md). torch reads this when it allocates its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)  # decoding uses one product of it
 
@@ -57,12 +57,14 @@ def fused(f):
     @functools.wraps(f)
     def call(first, *others):
         nonlocal compiled
-        if first.is_cuda or first.numel() < 2**20 or compiled is f:
+        if first.device.type != "cpu" or first.numel() < 2**20 or compiled is f:
             return f(first, *others)
         compiled = compiled or torch.compile(f, dynamic=True)
         try:
             return compiled(first, *others)
-        except Exception as error:  # whatever a missing or broken compiler raises; all outputs are written again
+        except Exception as error:  # a missing or broken compiler: nothing has run yet
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
             warnings.warn(f"torch.compile cannot build {f.__name__} ({type(error).__name__}): slower on this CPU", stacklevel=2)
             compiled = f
             return f(first, *others)
@@ -71,7 +73,7 @@ def fused(f):
 
 def linear(a, w):
     """a @ w.T without autograd; fp32 on a CPU through oneDNN, up to twice as fast as MKL (two threads of an AMD, 171 rows)."""
-    if a.is_cuda or a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return a @ w.T
     return torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
 
@@ -123,9 +125,10 @@ def runs(order, ends, weights):
 
 def at_once(x, w_in, w_out, order):
     """
-    Whether one grouped_mm per weight serves all experts: in bf16 on a GPU, and on a CPU while an expert's pre-activations
-    fill at most 256 KB. Larger experts go one after the other, so that rows and weights stay in the cache: 1.3 times as fast
-    for F=1024, but 2 to 4 times as slow for F=128. grouped_mm's rules: no float64, rows of a multiple of 16 bytes.
+    Whether one grouped_mm per weight serves all experts: in bf16 on a GPU, and on a CPU while an expert has at most 2^16
+    pre-activations (256 KB in fp32). Larger experts go one after the other, so that rows and weights stay in the cache:
+    1.3 times as fast for F=1024, but 2 to 4 times as slow for F=128 and 32 (results/log.md). grouped_mm's rules: no
+    float64, rows of a multiple of 16 bytes.
     """
     if x.dtype == torch.float64 or any(width * x.element_size() % 16 for width in w_out.shape[1:]):
         return False
@@ -153,8 +156,8 @@ def experts_forward(x, weights, order, ends, w_in, w_out, activation, save, keep
         h = F.grouped_mm(x.index_select(0, token), w_in.transpose(1, 2), offs=ends)  # (N, W)
         act = activate(h, activation)
         y = F.grouped_mm(act, w_out.transpose(1, 2), offs=ends) * gate.to(x.dtype)  # (N, D)
-        acts = undo_order(act, order) if keep else act[:0].clone()
-        return torch.zeros_like(x).index_add_(0, token, y), h if save else h[:0].clone(), acts
+        y = undo_order(y, order).view(*weights.shape, x.shape[1]).sum(1)  # in a fixed order, unlike index_add_ on a GPU
+        return y, h if save else h.new_empty(0, h.shape[1]), undo_order(act, order) if keep else act.new_empty(0, act.shape[1])
     n, y = order.numel(), torch.zeros_like(x)
     h, acts = x.new_empty(n if save else 0, w_in.shape[1]), x.new_empty(n if keep else 0, w_out.shape[2])
     for e, rows, token, gate in runs(order, ends, weights):
@@ -182,8 +185,12 @@ def experts_backward(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activa
         act, dh = activate_backward(h, d_act, activation)
         d_gate[order] = torch.linalg.vecdot(g, act).to(d_gate.dtype)
         dw_out = F.grouped_mm(dy_e.mul_(gate).T, act, offs=ends)
-        dx.index_add_(0, token, F.grouped_mm(dh, w_in, offs=ends))
-        return dx, d_gate.view_as(weights), F.grouped_mm(dh.T, x_e, offs=ends), dw_out
+        dw_in = F.grouped_mm(dh.T, x_e, offs=ends)
+        if x.is_cuda:  # some GPUs leave the result of an empty group unwritten (pytorch issue 172439)
+            idle = (ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None]
+            dw_in.masked_fill_(idle, 0), dw_out.masked_fill_(idle, 0)
+        dx = undo_order(F.grouped_mm(dh, w_in, offs=ends), order).view(*weights.shape, x.shape[1]).sum(1)
+        return dx, d_gate.view_as(weights), dw_in, dw_out
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
     for e, rows, token, gate in runs(order, ends, weights):
         m, slots = len(token), order[rows]
@@ -236,9 +243,10 @@ def run(step, backend, *arguments):
 
 
 def distance(a, b):
-    """|a - b| / |b| in float64; a NaN counts as infinitely far."""
-    error = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
-    return error.nan_to_num(float("inf")).item()
+    """|a - b| / |b|, summed in float64 (without copies in it: a pool's gradient fills gigabytes); a NaN is infinitely far."""
+    a, b = (v if v.is_floating_point() else v.double() for v in (a, b))
+    norm = lambda v: torch.linalg.vector_norm(v, dtype=torch.float64)
+    return (norm(a - b) / norm(b).clamp_min(1e-30)).nan_to_num(float("inf")).item()
 
 
 @custom_op("nanoexperts::experts", mutates_args=())
@@ -304,7 +312,7 @@ def expert_ffn(x, weights, ids, w_in, w_out, activation, backend="auto", keep_ac
     save = torch.is_grad_enabled() and any(a.requires_grad for a in (x, weights, w_in, w_out))
     y, _, acts = experts_op(x.contiguous(), weights.contiguous(), order, ends, w_in, w_out, activation, backend, save,
                             keep_activations)
-    return y, acts.view(*ids.shape, -1) if keep_activations else None
+    return y, acts.view(*ids.shape, f) if keep_activations else None
 
 
 def check(activation, backend, x, shape, **parameters):
@@ -345,7 +353,7 @@ def thresholds_reference(scores, n_keep):
     """scores (R, F) -> value (R,), cut (R,) int32: what `kept` needs to keep the n_keep largest, ties to the lowest column."""
     value = scores.kthvalue(scores.shape[-1] - n_keep + 1, dim=-1, keepdim=True).values
     cut = torch.full(scores.shape[:-1], scores.shape[-1], dtype=torch.int32, device=scores.device)
-    if scores.is_cuda or (scores >= value).sum() > n_keep * len(scores):  # a CPU may look whether there are ties at all
+    if scores.device.type != "cpu" or (scores >= value).sum() > n_keep * len(scores):  # on a CPU: are there ties at all?
         tie = scores == value
         wanted = n_keep - (scores > value).sum(-1, keepdim=True)  # so many of them are kept
         last = (tie & (tie.cumsum(-1, dtype=torch.int32) == wanted)).to(torch.uint8).argmax(-1).to(torch.int32)
@@ -364,14 +372,15 @@ def thresholds(scores, n_keep, steps=14):
     at least `high`; interpolating the counts, or every third time halving, closes in on the level that n_keep reach.
     The few rows still open after `steps` (ties among them) go to the reference.
     """
-    if scores.is_cuda or scores.numel() < 2**20:
+    if scores.device.type != "cpu" or scores.numel() < 2**20:
         return thresholds_reference(scores, n_keep)
     low, high = scores.amin(-1), scores.amax(-1)  # (R,)
-    n_low, n_high = torch.full_like(low, scores.shape[-1]), torch.zeros_like(low)
+    n_low = torch.full_like(low, scores.shape[-1], dtype=torch.float32)  # bf16 cannot count beyond 256
+    n_high = torch.zeros_like(n_low)
     for step in range(steps):
         share = 0.5 if step % 3 == 2 else ((n_keep - n_high) / (n_low - n_high)).clamp(0.02, 0.98)
-        level = high - (high - low) * share
-        n = count_at_least(scores, level).to(level.dtype)
+        level = (high - (high - low) * share).to(low.dtype)
+        n = count_at_least(scores, level).float()
         enough = n >= n_keep
         low, n_low = torch.where(enough, level, low), torch.where(enough, n, n_low)
         high, n_high = torch.where(enough, high, level), torch.where(enough, n_high, n)
@@ -437,7 +446,7 @@ def mask_backward(scores, h, value, cut, du, dh, activation):
 
 def token_chunks(n_tokens, numbers_per_token):
     """Slices of about equal size, some two million numbers each: they fit a CPU's cache."""
-    size = -(-n_tokens // max(1, -(-n_tokens * numbers_per_token // 2**21)))
+    size = max(1, -(-n_tokens // max(1, -(-n_tokens * numbers_per_token // 2**21))))
     return [slice(i, i + size) for i in range(0, n_tokens, size)]
 
 
@@ -528,7 +537,7 @@ def decode(x, scores, w_in, w_out_t, n_keep, activation):
     t, k, f = scores.shape
     value, cut = thresholds(scores.view(t * k, f), n_keep)
     mask = torch.where(kept(scores, value.view(t, k), cut.view(t, k)), scores, 0).mean(1)  # (T, F)
-    if x.is_cuda or w_in.dtype not in (torch.float32, torch.float64):  # torch has no products with sampled columns there
+    if x.device.type != "cpu" or w_in.dtype not in (torch.float32, torch.float64):  # no sampled products there
         return (activate(x @ w_in.to(x.dtype).T, activation) * mask.to(x.dtype) @ w_out_t.to(x.dtype),)
     active, rows = mask.to(w_in.dtype).to_sparse_csr(), x.to(w_in.dtype)
     column, m = active.col_indices(), active.values()  # (active,)
@@ -574,7 +583,7 @@ def masked_ffn(x, z, w_in, w_out, w_z, n_keep, activation, backend="auto"):
     score_dtype = dtype if x.is_cuda or n_keep is None else torch.promote_types(dtype, torch.float32)
     x, z, w_z = x.to(dtype), z.to(score_dtype).contiguous(), w_z.to(score_dtype)
     save = torch.is_grad_enabled() and any(a.requires_grad for a in (x, z, w_in, w_out, w_z))
-    if n_keep and not save and backend != "loop" and t <= 8 and (1 - n_keep / f) ** (k if x.is_cuda else t * k) > 0.4:
+    if n_keep and not save and backend != "loop" and 1 <= t <= 8 and (1 - n_keep / f) ** (k if x.is_cuda else t * k) > 0.4:
         few = decode_op if torch.compiler.is_compiling() else decode_few
         return few(x, z, w_in, w_out, w_z, n_keep, activation, backend)
     w_in, w_out = w_in.to(dtype), w_out.to(dtype)

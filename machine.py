@@ -45,7 +45,7 @@ def pick_device(name, local_rank=0):
 
 def keep_memory(keep=True):
     """glibc hands freed blocks of over 32 MB back to the system, which zeroes each page again at the next step: tell it to
-    keep them. A CPU then trains up to a third faster with large activations. Other C libraries are left alone."""
+    keep them. Steps with large activations took a quarter less time (results/log.md). Other C libraries are left alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX: no block gets a mapping of its own

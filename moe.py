@@ -460,7 +460,7 @@ def z_loss(logits):
 def pair_cosines(activations, eps=1e-12):
     """Cosines between the activations of the experts that one token chose: (T, K, F) -> (T, K*(K-1)/2).
 
-    By the K x K products of a token's activations, so that the large tensor is read once and never copied.
+    By the K x K products of a token's activations: the large tensor is read once, and in fp32 never copied.
     """
     with torch.autocast(activations.device.type, enabled=False):
         a = activations.to(torch.promote_types(activations.dtype, torch.float32))

@@ -56,6 +56,7 @@ def describe(run, start):
         compile=f"{'yes' if run.compiled else 'no'} ({run.compile_reason})")
     if m.flavour != "dense":
         backend, reason = kernels.choose_backend(torch.empty(0, dtype=run.dtype, device=ranks.device))
+        backend = "torch" if m.flavour == "infmoe" and backend == "grouped" else backend  # it has one FFN, nothing to group
         rows["experts"] = f"{backend} ({reason})" if m.backend == "auto" else f"{m.backend} (as asked)"
     if c.init_from == "resume":
         before = {k: start["train_config"].get(k, v) for k, v in asdict(c).items() if k not in NOT_KEPT}

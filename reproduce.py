@@ -53,7 +53,8 @@ RUNS = {  # name: (claims, overrides)
     "dense-12": ("a", DENSE | DEEP),
     "vanilla-12": ("acg", VANILLA | DEEP),
     "unipool-12": ("acg", UNIPOOL | DEEP),
-    "vanilla-norm": ("b", VANILLA | dict(router="norm")),
+    "vanilla-bias": ("b", VANILLA | dict(router="sigmoid", balance="bias")),  # DeepSeek's balancing
+    "vanilla-norm": ("b", VANILLA | dict(router="norm")),  # raw scores in the loss; unipool-G8 is this with normalised ones
     "shared-layer": ("b", SHARED),
     "shared-pool": ("b", SHARED | dict(balance="pool")),
     "unipool-G8": ("b", UNIPOOL | dict(pool_groups=8, n_experts=8)),
@@ -69,6 +70,7 @@ RUNS = {  # name: (claims, overrides)
     "unipool-16/2": ("d", UNIPOOL | dict(n_experts=128, top_k=2, width=0.5)),
     "vanilla-32/4": ("d", VANILLA | dict(n_experts=32, top_k=4, width=0.25)),
     "unipool-32/4": ("d", UNIPOOL | dict(n_experts=256, top_k=4, width=0.25)),
+    "dense-1.5": ("e", DENSE | dict(ffn=1.5)),  # as many active parameters as infmoe with its router
     "dense-wide": ("e", DENSE | dict(ffn=2)),  # equal total
     "switch-2": ("e", VANILLA | dict(n_experts=2)),  # equal total, equal active
     "top2-of-4": ("e", TOP2 | dict(n_experts=4)),  # the paper's MoE: equal total, equal active
@@ -90,7 +92,7 @@ RUNS = {  # name: (claims, overrides)
     "infmoe-deep-pre": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_mask="pre")),
     "infmoe-mixture": ("e3", INFMOE | dict(infmoe_components=4)),
     "infmoe-balance": ("e3", INFMOE | dict(balance="layer")),
-    "infmoe-pool": ("e3h", INFMOE | dict(pool_groups=1, width=8, infmoe_rate=0.0625)),  # one W_1, W_2, W_z for all layers
+    "infmoe-pool": ("e3h", INFMOE | dict(pool_groups=1, width=16, infmoe_rate=1 / 32)),  # one W_1, W_2, W_z for all layers
     "top2": ("f", TOP2),
     "top2-sp": ("f", TOP2 | SP),
     "top2-cp": ("f", TOP2 | CP),
@@ -123,7 +125,9 @@ CLAIMS = [
     ("a", "the same with raw scores in the pool loss, as published", "unipool-raw", "vanilla"),
     ("a", "the same with 12 layers: MoE below dense", "vanilla-12", "dense-12"),
     ("a", "the same with 12 layers: UniPool below vanilla", "unipool-12", "vanilla-12"),
-    ("b", "NormRouter alone does not help vanilla (+0.0058)", "vanilla", "vanilla-norm"),
+    ("b", "NormRouter alone does not help vanilla (+0.0058); raw scores in the loss", "vanilla", "vanilla-norm"),
+    ("b", "the same, normalised scores in the loss", "vanilla", "unipool-G8"),
+    ("b", "sigmoid scores balanced by a bias improve vanilla (-0.0078)", "vanilla-bias", "vanilla"),
     ("b", "a shared pool with the layer loss is worse than vanilla (+0.0163)", "vanilla", "shared-layer"),
     ("b", "a shared pool with the pool loss and softmax is better than vanilla (-0.0137)", "shared-pool", "vanilla"),
     ("b", "NormRouter improves the pool further (-0.0288 against -0.0137)", "unipool", "shared-pool"),
@@ -139,17 +143,23 @@ CLAIMS = [
     ("c", "12 layers: 33 % beats vanilla (not claimed)", "unipool-12-33%", "vanilla-12"),
     ("d", "UniPool keeps its gain with experts of half width, top 2", "unipool-16/2", "vanilla-16/2"),
     ("d", "UniPool keeps its gain with experts of a quarter, top 4", "unipool-32/4", "vanilla-32/4"),
-    ("e", "infinity-MoE below dense, equal active", "infmoe", "dense"),
+    ("e", "infinity-MoE below dense, equal active (router apart: it adds 27 % here, 4 % in the paper)", "infmoe", "dense"),
+    ("e", "infinity-MoE below dense, equal active, its router counted [ours]", "infmoe", "dense-1.5"),
     ("e", "infinity-MoE below dense, equal total (not claimed)", "infmoe", "dense-wide"),
-    ("e", "infinity-MoE below Switch top 1, equal active and total", "infmoe", "switch-2"),
-    ("e", "infinity-MoE below MoE top 2 of 4, equal active and total", "infmoe", "top2-of-4"),
+    ("e", "infinity-MoE below Switch top 1, equal active and total (routers apart)", "infmoe", "switch-2"),
+    ("e", "infinity-MoE below MoE top 2 of 4, equal active and total (routers apart)", "infmoe", "top2-of-4"),
     ("e", "the top-N mask matters: below z = mu without it (a low-rank gated FFN) [ours]", "infmoe", "infmoe-no-topn"),
     ("e", "sampling matters: below z = mu with the mask [ours]", "infmoe", "infmoe-no-noise"),
     ("e", "more samples at inference help: K = 8 below K = 1", "infmoe:loss at K=8", "infmoe:loss at K=1"),
     ("e", "infinity-MoE below dense at half of the tokens too: does the gain last?", "infmoe-short", "dense-short"),
+    ("e", "K = 2 in training below K = 1 [ours]", "infmoe", "infmoe-K1"),
     ("e", "K = 4 in training below K = 2 [ours]", "infmoe-K4", "infmoe"),
     ("e", "dz = 32 below 8 (the paper: gains up to 128)", "infmoe", "infmoe-dz8"),
     ("e", "dz = 64 below 32 (the paper: gains up to 128)", "infmoe-dz64", "infmoe"),
+    ("e", "N = 25 % below 12.5 % [ours]", "infmoe", "infmoe-N12"),
+    ("e", "N = 50 % below 25 % [ours]", "infmoe-N50", "infmoe"),
+    ("e", "masks after the activation below masks before it", "infmoe", "infmoe-pre"),
+    ("e", "a balance loss for neurons lowers the loss [ours]", "infmoe-balance", "infmoe"),
     ("e", "two hidden layers below one [seed document, 7.3]", "infmoe-deep", "infmoe"),
     ("e", "deep: masks before the activation are better [seed document, 7.3]", "infmoe-deep-pre", "infmoe-deep"),
     ("e", "deep: hierarchical z below independent z [seed document, 7.3]", "infmoe-deep-hier", "infmoe-deep"),
@@ -162,12 +172,15 @@ CLAIMS = [
     ("f", "both lower the routing entropy", "top2-sp-cp:routing entropy", "top2:routing entropy"),
     ("f", "both raise path consistency", "top2:path consistency", "top2-sp-cp:path consistency"),
     ("f", "path weights below the published coupling [ours]", "top2-path", "top2-cp"),
+    ("f", "specialization with path weights lowers the loss [ours]", "top2-sp-path", "top2"),
     ("f", "both lower the loss, with z-loss on both sides", "top2-z-sp-cp", "top2-z"),
     ("f", "both lower the loss beside a shared expert (12.33 -> 12.16)", "shared-expert-sp-cp", "shared-expert"),
     ("f", "both lower the loss in a pool [ours]", "pool2-sp-cp", "pool2"),
     ("f", "both lower the loss in fine-tuning on other text", "tune-top2-sp-cp", "tune-top2"),
     ("g", "random routing costs a pool more than private banks (all)", "vanilla:random, all", "unipool:random, all"),
+    ("g", "the same with 12 layers", "vanilla-12:random, all", "unipool-12:random, all"),
     ("g", "the same among the 8 experts that a layer uses most", "vanilla:random, all", "unipool:random, matched"),
+    ("g", "with 12 layers, among the 8 experts that a layer uses most", "vanilla-12:random, all", "unipool-12:random, matched"),
     ("h", "exact pool loss below the one-step-behind one [ours]", "unipool", "unipool-stale"),
     ("h", "the pool loss in every layer (8 times as strong) below once [ours]", "unipool-8x", "unipool"),
     ("h", "balance over the batch below balance over 2 sequences [Qiu et al.]", "unipool", "unipool-local"),
@@ -213,13 +226,14 @@ def settings_of(size, name):
     settings = {**SIZES[size], **overrides_of(name)}
     special = {"stale": False, "tune": None, "width": None, "ffn": 1, "steps": 1}
     special = {k: settings.pop(k, default) for k, default in special.items()}
-    settings["d_ff"] *= special["ffn"]
+    settings["d_ff"] = int(settings["d_ff"] * special["ffn"])
     if special["width"] is not None:
         settings["d_expert"] = int(settings["d_ff"] * special["width"])
     settings["max_steps"] = int(settings["max_steps"] * special["steps"])
     settings.setdefault("lr", LR[size][lr_family(settings["flavour"])])
     if special["tune"]:
-        settings.update(dataset="data/prose", lr=settings["lr"] / 4, max_steps=settings["max_steps"] // 2)
+        other = "data/prose" if size == "cpu" else "data/prose_gpt2"
+        settings.update(dataset=other, lr=settings["lr"] / 4, max_steps=settings["max_steps"] // 2)
     return settings, special
 
 
@@ -386,8 +400,8 @@ def make_data(dataset):
     from prepare_data import DataConfig, list_files, load_meta, prepare
     with contextlib.suppress(FileNotFoundError):
         return load_meta(dataset)
-    name, source = Path(dataset).name, Path(dataset).name
-    if name == "prose":  # eight megabytes of what people write about code, in place of code
+    name = source = Path(dataset).name
+    if name.startswith("prose"):  # eight megabytes of what people write about code, in place of code
         source, size = f"{dataset}.jsonl", 0
         Path(source).parent.mkdir(exist_ok=True)
         with open(source, "w") as f:
@@ -395,7 +409,7 @@ def make_data(dataset):
                 if size < 2**23 and (text := docstrings(file.name)):
                     size += f.write(json.dumps({"text": text}) + "\n")
     print(f"preparing {dataset}", flush=True)
-    prepare([source], DataConfig(out_dir=dataset, tokenizer="gpt2" if name == "packages" else "bytes"))
+    prepare([source], DataConfig(out_dir=dataset, tokenizer="gpt2" if name in ("packages", "prose_gpt2") else "bytes"))
 
 
 def docstrings(path):
@@ -403,7 +417,7 @@ def docstrings(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            tree = ast.parse(Path(path).read_text())
+            tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, RecursionError):
         return ""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -414,6 +428,11 @@ def docstrings(path):
 def run_all(config):
     """Children, one per run, `jobs` at a time; paused while out/timing.lock exists, stopped (and resumable) at the deadline."""
     todo = [(n, s) for n, s in wanted(config) if not record_path(config.size, n, s).exists()]
+    for name, seed in todo:
+        tuned = overrides_of(name).get("tune")
+        if tuned and (tuned, seed) not in todo and not is_ready(config.size, name, seed):
+            raise ValueError(f"{name} seed {seed} tunes the model of {tuned}, which is not in out/reproduce: "
+                             f"remove its record in results/runs, and run {tuned} again here")
     for dataset in sorted({settings_of(config.size, name)[0]["dataset"] for name, _ in todo}):
         make_data(dataset)
     deadline = time.monotonic() + config.minutes * 60 if config.minutes else math.inf
@@ -429,7 +448,7 @@ def run_all(config):
                 children[start_child(config, *ready)] = (*ready, time.monotonic())
             if not children:
                 break
-            if paused != Path("out/timing.lock").exists():
+            if paused != timing():
                 paused = not paused
                 for child in children:
                     child.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
@@ -450,9 +469,19 @@ def run_all(config):
 
 
 def is_ready(size, name, seed):
-    """A fine-tuning run waits for the run whose model it tunes."""
+    """A fine-tuning run waits for the finished run whose model it tunes, in this folder."""
     tune = overrides_of(name).get("tune")
-    return tune is None or record_path(size, tune, seed).exists()
+    record = tune and record_path(size, tune, seed)
+    return tune is None or (record.exists() and Path("out/reproduce", record.stem, "ckpt.pt").exists())
+
+
+def timing():
+    """Is something being timed? A lock whose process has gone counts for nothing."""
+    try:
+        os.kill(int(Path("out/timing.lock").read_text()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def start_child(config, name, seed):
@@ -466,7 +495,7 @@ def finish(config, name, seed, seconds, code, failed):
     if code == 0:
         loss = json.loads(path.read_text())["val_loss"]
         print(f"{name} seed {seed}: validation loss {loss:.4f} ({seconds / 60:.1f} min)", flush=True)
-    elif code == 128 + signal.SIGTERM:
+    elif code in (128 + signal.SIGTERM, -signal.SIGTERM):
         print(f"{name} seed {seed}: stopped, resumes next time", flush=True)
     else:
         failed.append(name)
@@ -533,6 +562,19 @@ def run_row(records, name):
             f"{r['n_active_params'] / 1e6:.2f}M | {r['tokens'] / 1e6:.2f}M | {flops:.2e} | {seconds:.0f} |")
 
 
+MEASURES = ("routing entropy", "overlap", "path consistency", "unique experts", "balance", "max_share", "dead_share",
+            "random, all", "random, matched", "loss at K=1", "loss at K=8", "loss at z=mu")
+
+
+def measure_rows(records, names):
+    """One row per run that has a router."""
+    for name in names:
+        mine = [r["measures"] | r["routing"] for (n, _), r in sorted(records.items()) if n == name]
+        cells = [f"{mean(m[key] for m in mine):.3f}" if all(key in m for m in mine) else "" for key in MEASURES]
+        if any(cells):
+            yield f"| `{name}` | {' | '.join(cells)} |"
+
+
 def sweep_rows(records):
     """One row per family: the loss at each learning rate of the sweep."""
     rows = []
@@ -565,8 +607,10 @@ def report(size):
              "## Runs", "", "| run | validation loss | seeds | stored | active | tokens | FLOPs | seconds |",
              "|---|---|---|---|---|---|---|---|",
              *(run_row(records, name) for name in done), "",
-             "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds: tokens by a run's median speed on one core of a shared",
-             "machine, validations apart; compare them with care.", "",
+             "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds: tokens by a run's median speed, validations apart, on a",
+             "machine that was shared; compare them with care.", "",
+             "## What the routers do", "", "Means over seeds, on 64 held-out windows; balance and shares at the last step.", "",
+             f"| run | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES), *measure_rows(records, done), "",
              "## Learning rates", "", f"One seed, four sevenths of the steps. Used: {LR[size]}.", "",
              "| | " + " | ".join(f"{lr:g}" for lr in SWEEP) + " |", "|---|" + "---|" * len(SWEEP), *sweep_rows(records), ""]
     suffix = "" if size == "cpu" else f"-{size}"

@@ -75,6 +75,16 @@ def test_rounds_are_interleaved_and_medians():
     assert "".join(called) == "aabb" + "ababab" and times["a"] < 0.02  # one slow round does not count
 
 
+def test_a_broken_model_has_another_gradient(monkeypatch):
+    config = ModelConfig(n_layer=2, n_head=2, d_model=32, block_size=16, vocab_size=50)
+    plain, ours = bench.training_step(config, "cpu", 2, True), bench.training_step(config, "cpu", 2)
+    right = plain.gradient()
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: 0.9 * attention(*a, **k))
+    with pytest.raises(SystemExit):
+        bench.agree("training step", ours.gradient(), right, 5e-2)
+
+
 def test_saved_bytes_are_linear_in_tokens():
     shapes = (32, 16), (4, 16), (4, 16, 16), (4, 16, 8)
     x, router, w_in, w_out = bench.leaves("cpu", torch.float32, *shapes)
@@ -94,6 +104,7 @@ def test_reproduce_is_asked_to_pause(tmp_path, monkeypatch):
 def test_plain_and_fast_steps_train_alike():
     config = ModelConfig(n_layer=2, n_head=2, d_model=32, block_size=16, vocab_size=50)
     plain, ours = (bench.training_step(config, "cpu", 2, plain) for plain in (True, False))
+    bench.agree("gradient", ours.gradient(), plain.gradient(), 1e-5)
     for _ in range(3):
         assert plain().item() == pytest.approx(ours().item(), rel=1e-5)
 

@@ -216,7 +216,7 @@ def write_record(name, seed, loss, **measures):
     record = {"run": name, "size": "cpu", "seed": seed, "val_loss": loss, "n_params": 1000, "n_active_params": 500,
               "tokens": 2048, "flops_per_token": 3000, "seconds": 2.0,
               "hardware": "x86_64 CPU, 1 thread(s)", "torch": "2.13.0", "commit": "abc",
-              "curve": [[1024, 1.0, loss + 0.1], [2048, 2.0, loss]], "measures": measures}
+              "curve": [[1024, 1.0, loss + 0.1], [2048, 2.0, loss]], "measures": measures, "routing": {"balance": 1.25}}
     path.write_text(json.dumps(record))
 
 
@@ -234,6 +234,7 @@ def test_the_report_is_the_same_byte_for_byte(tmp_path, monkeypatch, capsys):
     text = files["claims.md"].decode()
     assert "`vanilla` 1.9220 ± 0.0110 | `dense` 2.0200 ± 0.0100 | -0.0980 ± 0.0010 | 3 | holds" in text
     assert "`unipool` 1.8000 | `vanilla` 1.9110 | -0.1110 | 1 | undecided at this scale" in text
+    assert "| `vanilla` |  |  |  |  | 1.250 |" in text  # what its routers do
     assert "not run yet" in text and "**2.2000**" in text
     assert set(files) >= {"claims.md"}
 
@@ -247,7 +248,22 @@ def test_only_seeds_that_both_sides_have_are_compared(tmp_path, monkeypatch):
     assert reproduce.compare(reproduce.load_records("cpu"), "vanilla", "dense") == [(1.0, 2.0)]
 
 
+def test_a_lock_counts_while_its_process_lives(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not reproduce.timing()
+    (tmp_path / "out").mkdir()
+    lock = tmp_path / "out" / "timing.lock"
+    lock.write_text(str(os.getpid()))
+    assert reproduce.timing()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for text in (str(gone.pid), ""):
+        lock.write_text(text)
+        assert not reproduce.timing()
+
+
 @pytest.mark.parametrize("words, message", [
+    (["--only=tune-top2", "--seeds=1"], "tune-top2 seed 1 tunes the model of top2"),
     (["--only=nonsense"], "nonsense is no claim"), (["--report"], "no records of size cpu"), (["--size=tpu"], "size=tpu")])
 def test_mistakes_get_one_line(tmp_path, words, message):
     run = subprocess.run([sys.executable, ROOT / "reproduce.py", *words], cwd=tmp_path, capture_output=True, text=True)
