@@ -636,15 +636,21 @@ def draw_curves(records, suffix):
         for name, group in groups.items():
             curve = [[mean(column) for column in zip(*points)] for points in zip(*(r["curve"] for r in group))]  # over seeds
             tokens, seconds, losses = zip(*curve)
+            r, seeds = group[0], f"{len(group)} seed{'s' * (len(group) > 1)}"
+            label = f"{name}: {seeds}, {r['n_params'] / 1e6:.2f}M stored, {r['n_active_params'] / 1e6:.2f}M active"
             flops = [t * group[0]["flops_per_token"] / 1e12 for t in tokens]
             for axes, x in zip(panels, ([t / 1e6 for t in tokens], flops, seconds)):
-                axes.plot(x, losses, marker="o", markersize=3, label=f"{name} ({len(group)} seeds)")
+                axes.plot(x, losses, marker="o", markersize=3, label=label)
         for axes, label in zip(panels, ("tokens (M)", "training FLOPs (1e12)", "seconds")):
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("validation loss (nats)")
-        panels[0].legend(frameon=False)
+        panels[0].legend(frameon=False, fontsize=7)
+        shown = [r for group in groups.values() for r in group]
+        commits = ", ".join(sorted({r["commit"] for r in shown}))
+        tokens = max(r["tokens"] for r in shown) / 1e6
+        figure.suptitle(f"{tokens:.2f}M tokens, {shown[0]['hardware']}, commit {commits}", fontsize=8)
         figure.savefig(f"results/claims{suffix}-{title}.png", metadata={"Software": None})
 
 
