@@ -43,14 +43,13 @@ def pick_device(name, local_rank=0):
     return device
 
 
-def keep_memory(keep=True):
+def keep_memory():
     """glibc hands freed blocks of over 32 MB back to the system, which zeroes each page again at the next step: tell it to
     keep them. Steps with large activations took a quarter less time (results/log.md). Other C libraries are left alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, -1 if keep else 64 << 20)  # M_TRIM_THRESHOLD: never give the end of the heap back
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: where it stands by itself after a large block has been freed
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
 
 
 def pick_compile(config, device, n_active):

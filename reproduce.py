@@ -662,9 +662,10 @@ def main():
         if config.child:
             run_one(config.size, config.child, config.seeds[0])
         elif config.list:
-            for name, (claims, overrides) in RUNS.items():
+            for name in dict.fromkeys(name for name, _ in wanted(config)):
                 done = [s for s in config.seeds if record_path(config.size, name, s).exists()]
-                print(f"{name:22} claims {','.join(claims_of(claims)):14} seeds done {done or '-'}  {overrides}")
+                claims = ",".join(claims_of(RUNS.get(name, ("",))[0]))
+                print(f"{name:22} claims {claims:14} seeds done {done or '-'}  {overrides_of(name)}")
         elif config.report:
             report(config.size)
         elif run_all(config):

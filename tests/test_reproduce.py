@@ -270,6 +270,12 @@ def test_mistakes_get_one_line(tmp_path, words, message):
     assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("words, first, n", [(["--only=a"], "dense ", 7), (["--sweep"], "lr/dense/0.001 ", 16)])
+def test_list_shows_what_was_asked_for(tmp_path, words, first, n):
+    run = subprocess.run([sys.executable, ROOT / "reproduce.py", "--list", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.startswith(first) and len(run.stdout.splitlines()) == n and run.returncode == 0
+
+
 @pytest.mark.slow
 def test_a_deadline_stops_and_the_next_call_resumes(tmp_path):
     """Real children: the budget ends in the middle of a run, SIGTERM saves it, and a later call goes on from there."""
