@@ -437,7 +437,8 @@ def run_all(config):
         make_data(dataset)
     deadline = time.monotonic() + config.minutes * 60 if config.minutes else math.inf
     children, failed, paused = {}, [], False
-    print(f"{len(todo)} runs to do")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`: no child outlives us
+    print(f"{len(todo)} runs to do", flush=True)
     try:
         while children or (todo and time.monotonic() < deadline):
             while todo and len(children) < config.jobs and not paused and time.monotonic() < deadline:
