@@ -466,6 +466,8 @@ def run_all(config):
         for child in children:
             child.send_signal(signal.SIGCONT)
             child.terminate()
+        for child in children:
+            child.wait()
     return failed
 
 

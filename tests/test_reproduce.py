@@ -2,8 +2,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -286,3 +288,19 @@ def test_a_deadline_stops_and_the_next_call_resumes(tmp_path):
     rows = (tmp_path / "out/reproduce/cpu-dense-s1/log.csv").read_text().splitlines()[1:]
     steps = [int(row.split(",")[0]) for row in rows]
     assert "stopped, resumes next time" in second.stdout and steps == sorted(set(steps)) and len(steps) > 5
+
+
+@pytest.mark.slow
+def test_no_run_outlives_a_killed_runner(tmp_path):
+    words = [sys.executable, ROOT / "reproduce.py", "--only=dense", "--seeds=1"]
+    runner = subprocess.Popen(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    log = tmp_path / "out/reproduce/cpu-dense-s1/log.csv"
+    while not (log.exists() and len(log.read_text().splitlines()) > 2):
+        assert runner.poll() is None
+        time.sleep(0.2)
+    runner.send_signal(signal.SIGTERM)
+    assert runner.wait(60) == 128 + signal.SIGTERM
+    assert (log.parent / "ckpt.pt").exists()  # the child saved before the runner ended
+    length = log.stat().st_size
+    time.sleep(3)
+    assert log.stat().st_size == length
