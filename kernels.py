@@ -16,6 +16,7 @@ torch's: one that disagrees is not used. `python kernels.py` compares every kern
 import functools
 import os
 import warnings
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -71,17 +72,37 @@ def fused(f):
     return call
 
 
-def linear(a, w):
-    """a @ w.T without autograd; fp32 on a CPU through oneDNN, up to twice as fast as MKL (two threads of an AMD, 171 rows)."""
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return a @ w.T
+@functools.cache
+def onednn_beats_mkl():
+    """In fp32: on AMD by up to 2 (171 rows, two threads). On Intel MKL is ahead, by 1.05 to 1.7 (results/log.md)."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return torch.backends.mkldnn.is_available() and "AuthenticAMD" in f.read()
+    except OSError:
+        return False
+
+
+def linear(a, w, out=None):
+    """a @ w.T without autograd, through the faster library; in `out`, where it takes one."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not onednn_beats_mkl():
+        return torch.mm(a, w.T, out=out)
     return torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
 
 
-def room(like, n, width):
-    """An uninitialised (n, width), with n rounded up: oneDNN compiles a kernel for each shape, so let there be few."""
+def padded(n):
+    """n rounded up: oneDNN compiles a kernel for each shape (4 ms), in bf16 on every CPU, so let there be few."""
     step = 16 if n <= 512 else 64
-    return like.new_empty(-(-n // step) * step, width)
+    return -(-n // step) * step
+
+
+def buffers(like, ends, *widths):
+    """
+    Uninitialised (rows, width) tensors in which the experts take turns; rows is a power of two that the longest run fits.
+    Sizes that change with every step's routing would fragment the heap, and each new piece of it has to be zeroed by
+    the system: a training step of eight such layers took 2.6 s instead of 1.4 s (results/log.md).
+    """
+    longest = int(ends.diff(prepend=ends.new_zeros(1)).max())
+    return [like.new_empty(max(64, 1 << (longest - 1).bit_length()), width) for width in widths]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,17 +179,17 @@ def experts_forward(x, weights, order, ends, w_in, w_out, activation, save, keep
         y = F.grouped_mm(act, w_out.transpose(1, 2), offs=ends) * gate.to(x.dtype)  # (N, D)
         y = undo_order(y, order).view(*weights.shape, x.shape[1]).sum(1)  # in a fixed order, unlike index_add_ on a GPU
         return y, h if save else h.new_empty(0, h.shape[1]), undo_order(act, order) if keep else act.new_empty(0, act.shape[1])
-    n, y = order.numel(), torch.zeros_like(x)
-    h, acts = x.new_empty(n if save else 0, w_in.shape[1]), x.new_empty(n if keep else 0, w_out.shape[2])
+    n, y, (d, f), wide = order.numel(), torch.zeros_like(x), w_out.shape[1:], w_in.shape[1]
+    h, acts = x.new_empty(n if save else 0, wide), x.new_empty(n if keep else 0, f)
+    x_e, h_e, act, y_e = buffers(x, ends, d, wide, f, d)
     for e, rows, token, gate in runs(order, ends, weights):
-        m = len(token)
-        x_e, act = room(x, m, x.shape[1]), room(x, m, w_out.shape[2])
+        m, r = len(token), padded(len(token))
         torch.index_select(x, 0, token, out=x_e[:m])
-        h_e = linear(x_e, w_in[e])[:m]
-        activate_into(h_e, act[:m], activation)
-        y.index_add_(0, token, linear(act, w_out[e])[:m].mul_(gate))
+        before = linear(x_e[:r], w_in[e], h_e[:r])[:m]
+        activate_into(before, act[:m], activation)
+        y.index_add_(0, token, linear(act[:r], w_out[e], y_e[:r])[:m].mul_(gate))
         if save:
-            h[rows] = h_e
+            h[rows] = before
         if keep:
             acts[order[rows]] = act[:m]
     return y, h, acts
@@ -191,17 +212,23 @@ def experts_backward(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activa
             dw_in.masked_fill_(idle, 0), dw_out.masked_fill_(idle, 0)
         dx = undo_order(F.grouped_mm(dh, w_in, offs=ends), order).view(*weights.shape, x.shape[1]).sum(1)
         return dx, d_gate.view_as(weights), dw_in, dw_out
-    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    dw_in, dw_out, (d, f), wide = torch.empty_like(w_in), torch.empty_like(w_out), w_out.shape[1:], w_in.shape[1]
+    x_e, dx_e, dy_e, g, d_act, act, dh = buffers(x, ends, d, d, d, f, 0 if d_acts is None else f, f, wide)
     for e, rows, token, gate in runs(order, ends, weights):
-        m, slots = len(token), order[rows]
-        dy_e, act, dh = (room(x, m, width) for width in (x.shape[1], w_out.shape[2], w_in.shape[1]))
+        m, r, slots = len(token), padded(len(token)), order[rows]
+        torch.index_select(x, 0, token, out=x_e[:m])
         torch.index_select(dy, 0, token, out=dy_e[:m])
-        g, d_act = linear(dy_e, w_out[e].T)[:m], None if d_acts is None else d_acts[slots]  # (m, F), before the gate
-        gate_grad = activate_backward_into(h[rows], g, gate.to(g.dtype), d_act, act[:m], dh[:m], activation)
+        if d_acts is not None:
+            torch.index_select(d_acts, 0, slots, out=d_act[:m])
+        before_gate = linear(dy_e[:r], w_out[e].T, g[:r])[:m]
+        gate_grad = activate_backward_into(h[rows], before_gate, gate.to(g.dtype), None if d_acts is None else d_act[:m],
+                                           act[:m], dh[:m], activation)
         d_gate[slots] = gate_grad.to(d_gate.dtype)
-        torch.mm(dy_e[:m].T, act[:m], out=dw_out[e])
-        torch.mm(dh[:m].T, x[token], out=dw_in[e])
-        dx.index_add_(0, token, linear(dh, w_in[e].T)[:m])
+        for rows_of in (x_e, dy_e, act, dh):
+            rows_of[m:r] = 0  # the padding is summed over
+        torch.mm(dy_e[:r].T, act[:r], out=dw_out[e])
+        torch.mm(dh[:r].T, x_e[:r], out=dw_in[e])
+        dx.index_add_(0, token, linear(dh[:r], w_in[e].T, dx_e[:r])[:m])
     return dx, d_gate.view_as(weights), dw_in, dw_out
 
 
@@ -362,32 +389,40 @@ def thresholds_reference(scores, n_keep):
 
 
 @fused
-def count_at_least(scores, level):
-    return (scores >= level.unsqueeze(-1)).sum(-1, dtype=torch.int32)
+def close_in(scores, n_keep, quantile, steps=12):
+    """
+    scores (R, F) fp32 -> the highest level tried that n_keep entries or more reach (R,), and how many reach it (R,).
+
+    n_low >= n_keep entries are at least `low`, n_high < n_keep at least `high`. The first level is a Gaussian's quantile;
+    then regula falsi on the counts, by the Illinois rule: an end that stays twice counts half, so that neither end stalls.
+    """
+    low, high, mean = scores.amin(-1), scores.amax(-1), scores.mean(-1)
+    level = mean + (scores.square().mean(-1) - mean.square()).clamp_min(0).sqrt() * quantile
+    n_low, n_high = torch.full_like(low, scores.shape[-1]), torch.zeros_like(low)
+    above, below, last = torch.ones_like(low), torch.ones_like(low), torch.zeros_like(low)  # weights of the ends; +-1: who moved
+    for _ in range(steps):
+        level = torch.minimum(torch.maximum(level, low), high)
+        n = torch.where(scores >= level.unsqueeze(-1), 1.0, 0.0).sum(-1)
+        enough, settled = n >= n_keep, n_low == n_keep
+        above = torch.where(enough, torch.where(last > 0, above / 2, above), 1.0)
+        below = torch.where(enough, 1.0, torch.where(last < 0, below / 2, below))
+        last = torch.where(enough, 1.0, -1.0)
+        low, n_low = torch.where(enough & ~settled, level, low), torch.where(enough & ~settled, n, n_low)
+        high, n_high = torch.where(enough | settled, high, level), torch.where(enough | settled, n_high, n)
+        a, b = (n_keep - n_high - 0.5) * above, (n_low - n_keep + 0.5) * below
+        level = high - (high - low) * (a / (a + b)).clamp(0.001, 0.999)
+    return low, n_low
 
 
-def thresholds(scores, n_keep, steps=14):
-    """
-    thresholds_reference in fewer looks at the scores (R, F). n_low >= n_keep entries are at least `low`, n_high < n_keep
-    at least `high`; interpolating the counts, or every third time halving, closes in on the level that n_keep reach.
-    The few rows still open after `steps` (ties among them) go to the reference.
-    """
-    if scores.device.type != "cpu" or scores.numel() < 2**20:
+def thresholds(scores, n_keep):
+    """thresholds_reference in fewer looks at the scores (R, F); the few rows that stay open (ties among them) go to it."""
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.numel() < 2**20 or n_keep == scores.shape[-1]:
         return thresholds_reference(scores, n_keep)
-    low, high = scores.amin(-1), scores.amax(-1)  # (R,)
-    n_low = torch.full_like(low, scores.shape[-1], dtype=torch.float32)  # bf16 cannot count beyond 256
-    n_high = torch.zeros_like(n_low)
-    for step in range(steps):
-        share = 0.5 if step % 3 == 2 else ((n_keep - n_high) / (n_low - n_high)).clamp(0.02, 0.98)
-        level = (high - (high - low) * share).to(low.dtype)
-        n = count_at_least(scores, level).float()
-        enough = n >= n_keep
-        low, n_low = torch.where(enough, level, low), torch.where(enough, n, n_low)
-        high, n_high = torch.where(enough, high, level), torch.where(enough, n_high, n)
-    cut = torch.full_like(low, scores.shape[-1], dtype=torch.int32)
-    still_open = (n_low != n_keep).nonzero().squeeze(-1)
-    low[still_open], cut[still_open] = thresholds_reference(scores[still_open], n_keep)
-    return low, cut
+    value, n = close_in(scores, n_keep, NormalDist().inv_cdf(1 - n_keep / scores.shape[-1]))
+    cut = torch.full_like(value, scores.shape[-1], dtype=torch.int32)
+    still_open = (n != n_keep).nonzero().squeeze(-1)
+    value[still_open], cut[still_open] = thresholds_reference(scores[still_open], n_keep)
+    return value, cut
 
 
 @custom_op("nanoexperts::thresholds", mutates_args=())

@@ -378,7 +378,7 @@ def test_masked_errors_name_what_and_where(change, words):
 
 @pytest.mark.parametrize("scores", ["normal", "uniform", "heavy tails", "two peaks", "integers", "constant", "infinities"])
 def test_thresholds_of_large_rows(scores, monkeypatch):
-    monkeypatch.setattr(kernels, "count_at_least", kernels.count_at_least.__wrapped__)  # the compiled loop: below, `slow`
+    monkeypatch.setattr(kernels, "close_in", kernels.close_in.__wrapped__)  # the compiled loop: below, `slow`
     normal = torch.randn(400, 3000)
     rows = {"normal": normal, "uniform": torch.rand(400, 3000), "heavy tails": normal / torch.randn(400, 3000),
             "two peaks": normal + 50 * (torch.rand(400, 3000) < 0.3), "integers": (4 * normal).round(),
