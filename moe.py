@@ -460,14 +460,22 @@ def z_loss(logits):
 def pair_cosines(activations, eps=1e-12):
     """Cosines between the activations of the experts that one token chose: (T, K, F) -> (T, K*(K-1)/2).
 
-    By the K x K products of a token's activations: the large tensor is read once, and in fp32 never copied.
+    By the K x K products of a token's activations: the large tensor is read once, and in fp32 never copied. torch.compile
+    makes one pass of sums of products, which beats as many tiny matrix products as there are tokens while K is small.
     """
+    k = activations.shape[1]
+    i, j = torch.triu_indices(k, k, 1, device=activations.device)
     with torch.autocast(activations.device.type, enabled=False):
         a = activations.to(torch.promote_types(activations.dtype, torch.float32))
-        gram = a @ a.transpose(1, 2)  # (T, K, K)
-    norms = gram.diagonal(dim1=1, dim2=2).clamp_min(eps**2).sqrt()  # (T, K)
-    i, j = torch.triu_indices(a.shape[1], a.shape[1], 1, device=a.device)
-    return gram[:, i, j] / (norms[:, i] * norms[:, j])
+        if k <= 4 and torch.compiler.is_compiling():
+            rows = a.unbind(1)  # K times (T, F)
+            squares = torch.stack([r.square().sum(-1) for r in rows], 1)  # (T, K)
+            products = torch.stack([(rows[m] * rows[n]).sum(-1) for m in range(k) for n in range(m + 1, k)], 1)
+        else:
+            gram = a @ a.transpose(1, 2)  # (T, K, K)
+            squares, products = gram.diagonal(dim1=1, dim2=2), gram[:, i, j]
+    norms = squares.clamp_min(eps**2).sqrt()
+    return products / (norms[:, i] * norms[:, j])
 
 
 def specialization_loss(activations, form="square"):

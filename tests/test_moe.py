@@ -957,3 +957,11 @@ def test_overlap():
     a = torch.tensor([[[1.0, 0], [0, 1]], [[1, 0], [-2, 0]]])  # orthogonal; opposite
     assert moe.overlap(a).item() == pytest.approx(0.5)
     assert moe.pair_cosines(normal(T, 4, 3)).shape == (T, 6)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])  # up to 4: sums of products; 5: matrix products
+def test_pair_cosines_in_a_compiled_graph(k):
+    a = normal(T, k, 7).requires_grad_()
+    compiled = torch.compile(moe.pair_cosines, backend="aot_eager")
+    results = [(cos := f(a), *torch.autograd.grad(cos.square().sum(), a)) for f in (moe.pair_cosines, compiled)]
+    assert all(torch.allclose(x, y, rtol=1e-12, atol=1e-14) for x, y in zip(*results))
