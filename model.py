@@ -304,6 +304,7 @@ def causal_attention(q, k, v):
     torch's fused attention takes twice as long for the backward pass in bf16 on a CPU, at lengths whose (S, S) scores fit.
     Without autocast, which would have softmax keep its result in fp32 for the backward pass: twice the memory traffic.
     """
+    k, v = k.to(q.dtype), v.to(q.dtype)  # from a cache they come in its dtype
     with torch.autocast(q.device.type, enabled=False):
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (B, H, S, S)
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()

@@ -171,12 +171,13 @@ def test_coefficients_scale_their_loss_and_nothing_else(overrides):
             if not factor and name == "coupling":
                 changed["coupling"] = "mass"
             other = build(**{**overrides, **changed}).train()(tokens, tokens)
-            assert torch.equal(other.loss, output.loss)
+            # rounding apart: without the specialization loss infmoe sums its samples elsewhere
+            torch.testing.assert_close(other.loss, output.loss, rtol=1e-6, atol=0)
             for key, value in output.aux.items():
                 if key == name:
                     assert other.aux[key].item() == pytest.approx(2 * value.item()) if factor else key not in other.aux
                 else:
-                    assert torch.equal(other.aux[key], value)
+                    torch.testing.assert_close(other.aux[key], value, rtol=1e-6, atol=0)
 
 
 @flavours(lambda config: config.flavour != "dense")
