@@ -416,10 +416,13 @@ def close_in(scores, n_keep, quantile, steps=12):
 
 def thresholds(scores, n_keep):
     """thresholds_reference in fewer looks at the scores (R, F); the few rows that stay open (ties among them) go to it."""
-    if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.numel() < 2**20 or n_keep == scores.shape[-1]:
+    width = scores.shape[-1]
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.numel() < 2**20:
         return thresholds_reference(scores, n_keep)
-    value, n = close_in(scores, n_keep, NormalDist().inv_cdf(1 - n_keep / scores.shape[-1]))
-    cut = torch.full_like(value, scores.shape[-1], dtype=torch.int32)
+    if n_keep == width:  # no quantile: all are kept
+        return scores.amin(-1), torch.full(scores.shape[:1], width, dtype=torch.int32)
+    value, n = close_in(scores, n_keep, NormalDist().inv_cdf(1 - n_keep / width))
+    cut = torch.full_like(value, width, dtype=torch.int32)
     still_open = (n != n_keep).nonzero().squeeze(-1)
     value[still_open], cut[still_open] = thresholds_reference(scores[still_open], n_keep)
     return value, cut
