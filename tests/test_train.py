@@ -771,9 +771,11 @@ def test_freed_memory_is_kept():
         faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         if sys.argv[1] == "keep":
             machine.keep_memory()
-        for _ in range(3):
+        counts = []
+        for _ in range(8):
             before = faults()
             torch.ones(50_000_000)
-        print(faults() - before)"""
+            counts.append(faults() - before)
+        print(min(counts[1:]))  # the least: under pressure the system may take pages back by itself"""
     kept, given_back = (int(run([PYTHON, "-c", code, word]).stdout) for word in ("keep", "give"))
     assert kept < 20 < given_back
