@@ -6,7 +6,8 @@
     python reproduce.py --report                     # results/claims.md and its figures from results/runs/, in seconds
 
 A run is train.py's own, in a folder under out/; its record is one small file in results/runs/. Finished runs are skipped,
-interrupted ones resumed. While out/timing.lock exists (bench.py holds it), running ones are paused.
+interrupted ones resumed, and records or checkpoints of other settings than the table's count for nothing. While
+out/timing.lock exists (bench.py holds it), running ones are paused.
 """
 import ast
 import contextlib
@@ -26,21 +27,24 @@ from statistics import mean, median, stdev
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is run. Widths are shares of the dense FFN's (`width`), so that one table serves every size.
+# init_std at cpu size is 0.02 * sqrt(768 / 64): 0.02 belongs to GPT-2's width of 768. With 0.02 at width 64 nothing has a
+# scale to begin with, attention takes hold at a moment that the seed decides, and seeds end 0.1 apart (results/log.md).
 
 SIZES = {
     "cpu": dict(dataset="data/stdlib", arch="llama", n_layer=8, n_head=2, d_model=64, d_ff=128, block_size=128, vocab_size=257,
-                batch_tokens=2048, micro_batch=16, max_steps=700, warmup_steps=50, weight_decay=0.1, eval_every=100,
-                eval_tokens=65536, save_every=100, log_every=10, device="cpu", dtype="float32", compile="false"),
+                init_std=0.07, batch_tokens=2048, micro_batch=16, max_steps=500, warmup_steps=40, min_lr=0.0, weight_decay=0.1,
+                eval_every=100, eval_tokens=65536, save_every=100, log_every=10, device="cpu", dtype="float32", compile="false"),
     "gpu": dict(dataset="data/packages", arch="llama", n_layer=8, n_head=8, n_kv_head=4, d_model=512, d_ff=1024, block_size=512,
                 vocab_size=50304, batch_tokens=65536, micro_batch=32, max_steps=480, warmup_steps=40, weight_decay=0.1,
                 eval_every=60, eval_tokens=1048576, save_every=240, log_every=10),
 }
 LR = {"cpu": {"dense": 4e-3, "moe": 2e-3, "unipool": 2e-3, "infmoe": 4e-3},
       "gpu": {"dense": 1e-3, "moe": 1e-3, "unipool": 1e-3, "infmoe": 1e-3}}
-SWEEP = (1e-3, 2e-3, 4e-3, 8e-3)  # the same for every flavour, four sevenths of the steps
+SWEPT, SWEEP = ("dense", "vanilla", "unipool", "infmoe"), (1e-3, 2e-3, 4e-3, 8e-3)  # the same for all, half of the steps
 
 DENSE, VANILLA, INFMOE = dict(flavour="dense"), dict(flavour="switch"), dict(flavour="infmoe", infmoe_dz=32)
 UNIPOOL = dict(flavour="unipool", balance_scores="normalised")  # raw, as published, collapses at this size: results/log.md
+SHORT = INFMOE | dict(steps=0.5)  # half of the tokens: where infinity-MoE is explored
 TOP2 = dict(flavour="topk", width=0.5)  # 8 experts of half width, two of them: vanilla's active width
 SHARED = dict(flavour="switch", pool_groups=1, n_experts=64)  # one pool, everything else as vanilla
 DEEP = dict(n_layer=12)
@@ -78,21 +82,21 @@ RUNS = {  # name: (claims, overrides)
     "infmoe-no-topn": ("e", INFMOE | dict(infmoe_rate=1.0, infmoe_mean=True)),  # a low-rank gated FFN
     "infmoe-no-noise": ("e", INFMOE | dict(infmoe_rate=0.5, infmoe_mean=True)),  # as many neurons as two samples of 25 %
     "dense-short": ("e2", DENSE | dict(steps=0.5)),
-    "infmoe-short": ("e2", INFMOE | dict(steps=0.5)),
-    "infmoe-K1": ("e2", INFMOE | dict(infmoe_samples=1)),
-    "infmoe-K4": ("e2", INFMOE | dict(infmoe_samples=4)),
-    "infmoe-N12": ("e2", INFMOE | dict(infmoe_rate=0.125)),
-    "infmoe-N50": ("e2", INFMOE | dict(infmoe_rate=0.5)),
-    "infmoe-dz8": ("e2", INFMOE | dict(infmoe_dz=8)),
-    "infmoe-dz64": ("e2", INFMOE | dict(infmoe_dz=64)),
-    "infmoe-pre": ("e3", INFMOE | dict(infmoe_mask="pre")),
-    "infmoe-deep": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25))),
-    "infmoe-deep-shared": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_z="shared")),
-    "infmoe-deep-hier": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_z="hierarchical")),
-    "infmoe-deep-pre": ("e3", INFMOE | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_mask="pre")),
-    "infmoe-mixture": ("e3", INFMOE | dict(infmoe_components=4)),
-    "infmoe-balance": ("e3", INFMOE | dict(balance="layer")),
-    "infmoe-pool": ("e3h", INFMOE | dict(pool_groups=1, width=16, infmoe_rate=1 / 32)),  # one W_1, W_2, W_z for all layers
+    "infmoe-short": ("e2e3h", SHORT),
+    "infmoe-K1": ("e2", SHORT | dict(infmoe_samples=1)),
+    "infmoe-K4": ("e2", SHORT | dict(infmoe_samples=4)),
+    "infmoe-N12": ("e2", SHORT | dict(infmoe_rate=0.125)),
+    "infmoe-N50": ("e2", SHORT | dict(infmoe_rate=0.5)),
+    "infmoe-dz8": ("e2", SHORT | dict(infmoe_dz=8)),
+    "infmoe-dz64": ("e2", SHORT | dict(infmoe_dz=64)),
+    "infmoe-pre": ("e3", SHORT | dict(infmoe_mask="pre")),
+    "infmoe-deep": ("e3", SHORT | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25))),
+    "infmoe-deep-shared": ("e3", SHORT | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_z="shared")),
+    "infmoe-deep-hier": ("e3", SHORT | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_z="hierarchical")),
+    "infmoe-deep-pre": ("e3", SHORT | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_mask="pre")),
+    "infmoe-mixture": ("e3", SHORT | dict(infmoe_components=4)),
+    "infmoe-balance": ("e3", SHORT | dict(balance="layer")),
+    "infmoe-pool": ("e3h", SHORT | dict(pool_groups=1, width=16, infmoe_rate=1 / 32)),  # one W_1, W_2, W_z for all layers
     "top2": ("f", TOP2),
     "top2-sp": ("f", TOP2 | SP),
     "top2-cp": ("f", TOP2 | CP),
@@ -152,19 +156,19 @@ CLAIMS = [
     ("e", "sampling matters: below z = mu with the mask [ours]", "infmoe", "infmoe-no-noise"),
     ("e", "more samples at inference help: K = 8 below K = 1", "infmoe:loss at K=8", "infmoe:loss at K=1"),
     ("e", "infinity-MoE below dense at half of the tokens too: does the gain last?", "infmoe-short", "dense-short"),
-    ("e", "K = 2 in training below K = 1 [ours]", "infmoe", "infmoe-K1"),
-    ("e", "K = 4 in training below K = 2 [ours]", "infmoe-K4", "infmoe"),
-    ("e", "dz = 32 below 8 (the paper: gains up to 128)", "infmoe", "infmoe-dz8"),
-    ("e", "dz = 64 below 32 (the paper: gains up to 128)", "infmoe-dz64", "infmoe"),
-    ("e", "N = 25 % below 12.5 % [ours]", "infmoe", "infmoe-N12"),
-    ("e", "N = 50 % below 25 % [ours]", "infmoe-N50", "infmoe"),
-    ("e", "masks after the activation below masks before it", "infmoe", "infmoe-pre"),
-    ("e", "a balance loss for neurons lowers the loss [ours]", "infmoe-balance", "infmoe"),
-    ("e", "two hidden layers below one [seed document, 7.3]", "infmoe-deep", "infmoe"),
+    ("e", "K = 2 in training below K = 1 [ours]", "infmoe-short", "infmoe-K1"),
+    ("e", "K = 4 in training below K = 2 [ours]", "infmoe-K4", "infmoe-short"),
+    ("e", "dz = 32 below 8 (the paper: gains up to 128)", "infmoe-short", "infmoe-dz8"),
+    ("e", "dz = 64 below 32 (the paper: gains up to 128)", "infmoe-dz64", "infmoe-short"),
+    ("e", "N = 25 % below 12.5 % [ours]", "infmoe-short", "infmoe-N12"),
+    ("e", "N = 50 % below 25 % [ours]", "infmoe-N50", "infmoe-short"),
+    ("e", "masks after the activation below masks before it", "infmoe-short", "infmoe-pre"),
+    ("e", "a balance loss for neurons lowers the loss [ours]", "infmoe-balance", "infmoe-short"),
+    ("e", "two hidden layers below one [seed document, 7.3]", "infmoe-deep", "infmoe-short"),
     ("e", "deep: masks before the activation are better [seed document, 7.3]", "infmoe-deep-pre", "infmoe-deep"),
     ("e", "deep: hierarchical z below independent z [seed document, 7.3]", "infmoe-deep-hier", "infmoe-deep"),
     ("e", "deep: independent z below one shared z [seed document, 7.3]", "infmoe-deep", "infmoe-deep-shared"),
-    ("e", "a mixture of Gaussians below one [the paper's section 6.2]", "infmoe-mixture", "infmoe"),
+    ("e", "a mixture of Gaussians below one [the paper's section 6.2]", "infmoe-mixture", "infmoe-short"),
     ("f", "the specialization loss lowers the loss", "top2-sp", "top2"),
     ("f", "the coupling loss lowers the loss", "top2-cp", "top2"),
     ("f", "both lower the loss (perplexity 12.50 -> 12.27)", "top2-sp-cp", "top2"),
@@ -186,7 +190,7 @@ CLAIMS = [
     ("h", "balance over the batch below balance over 2 sequences [Qiu et al.]", "unipool", "unipool-local"),
     ("h", "normalised scores in the pool loss below raw ones [ours]", "unipool", "unipool-raw"),
     ("h", "a pool with specialization and path coupling below the pool [ours]", "pool2-sp-path", "pool2"),
-    ("h", "one continuous pool for all layers below private ones [ours]", "infmoe-pool", "infmoe"),
+    ("h", "one continuous pool for all layers below private ones [ours]", "infmoe-pool", "infmoe-short"),
 ]
 
 
@@ -216,6 +220,40 @@ def record_path(size, name, seed):
     return Path("results/runs", f"{size}-{name.replace('/', 'x').replace('%', 'pc')}-s{seed}.json")
 
 
+def folder_of(size, name, seed):
+    return Path("out/reproduce", record_path(size, name, seed).stem)
+
+
+def is_done(size, name, seed):
+    """Is there a record of this run, with the settings that the table has now?"""
+    path = record_path(size, name, seed)
+    return path.exists() and is_current(json.loads(path.read_text()))
+
+
+def is_current(record):
+    name, size = record["run"], record["size"]
+    known = name in RUNS or name in sweep_names()
+    return known and record["settings"] == in_json(settings_of(size, name)[0])
+
+
+def holds(folder, settings):
+    """Does the folder hold a checkpoint of a run with these settings?"""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    found = found["model"] | found["train"]
+    return (folder / "ckpt.pt").exists() and all(found.get(k) == v for k, v in in_json(settings).items())
+
+
+def in_json(value):
+    return json.loads(json.dumps(value))
+
+
+def sweep_names():
+    return [f"lr/{base}/{lr}" for base in SWEPT for lr in SWEEP]
+
+
 def lr_family(flavour):
     """Learning rates are swept per family: dense, private experts, pools, infmoe."""
     return flavour if flavour in ("dense", "unipool", "infmoe") else "moe"
@@ -241,7 +279,7 @@ def overrides_of(name):
     if name in RUNS:
         return RUNS[name][1]
     base, lr = name.removeprefix("lr/").rsplit("/", 1)  # lr/unipool/0.004
-    return RUNS[base][1] | dict(lr=float(lr), steps=4 / 7)
+    return RUNS[base][1] | dict(lr=float(lr), steps=0.5)
 
 
 def run_one(size, name, seed):
@@ -252,11 +290,12 @@ def run_one(size, name, seed):
     from train import TrainConfig, flops_per_token, train
 
     settings, special = settings_of(size, name)
-    folder = Path("out/reproduce", record_path(size, name, seed).stem)
-    resume = (folder / "ckpt.pt").exists()
-    start = f"out/reproduce/{record_path(size, special['tune'], seed).stem}" if special["tune"] else "scratch"
+    folder = folder_of(size, name, seed)
+    resume = holds(folder, settings)
+    start = str(folder_of(size, special["tune"], seed)) if special["tune"] else "scratch"
     fields = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__}
-    train_config = TrainConfig(**fields, out_dir=str(folder), seed=seed, quiet=True, init_from="resume" if resume else start)
+    train_config = TrainConfig(**fields, out_dir=str(folder), seed=seed, quiet=True, overwrite=not resume,
+                               init_from="resume" if resume else start)
     model_config = ModelConfig(**{k: v for k, v in settings.items() if k not in fields})
     with stale_pool_loss() if special["stale"] else contextlib.nullcontext():
         result = train(model_config, train_config)
@@ -378,7 +417,7 @@ def commit():
 def wanted(config):
     """(run, seed) pairs in the order of the table, the first seed of everything before the second."""
     if config.sweep:
-        names = [f"lr/{base}/{lr}" for base in ("dense", "vanilla", "unipool", "infmoe") for lr in SWEEP]
+        names = sweep_names()
     else:
         only = set(filter(None, config.only.split(",")))
         claims = {c for claims, _ in RUNS.values() for c in claims_of(claims)}
@@ -427,7 +466,7 @@ def docstrings(path):
 
 def run_all(config):
     """Children, one per run, `jobs` at a time; paused while out/timing.lock exists, stopped (and resumable) at the deadline."""
-    todo = [(n, s) for n, s in wanted(config) if not record_path(config.size, n, s).exists()]
+    todo = [(n, s) for n, s in wanted(config) if not is_done(config.size, n, s)]
     for name, seed in todo:
         tuned = overrides_of(name).get("tune")
         if tuned and (tuned, seed) not in todo and not is_ready(config.size, name, seed):
@@ -474,8 +513,7 @@ def run_all(config):
 def is_ready(size, name, seed):
     """A fine-tuning run waits for the finished run whose model it tunes, in this folder."""
     tune = overrides_of(name).get("tune")
-    record = tune and record_path(size, tune, seed)
-    return tune is None or (record.exists() and Path("out/reproduce", record.stem, "ckpt.pt").exists())
+    return tune is None or (is_done(size, tune, seed) and holds(folder_of(size, tune, seed), settings_of(size, tune)[0]))
 
 
 def timing():
@@ -512,9 +550,9 @@ FIGURES = {"pool": ("dense", "vanilla", "unipool"), "infmoe": ("dense", "switch-
 
 
 def load_records(size):
-    """{(run, seed): record}"""
+    """{(run, seed): record}, those of older settings left out."""
     records = [json.loads(path.read_text()) for path in sorted(Path("results/runs").glob(f"{size}-*.json"))]
-    return {(r["run"], r["seed"]): r for r in records}
+    return {(r["run"], r["seed"]): r for r in records if is_current(r)}
 
 
 def value_of(record, measure):
@@ -581,7 +619,7 @@ def measure_rows(records, names):
 def sweep_rows(records):
     """One row per family: the loss at each learning rate of the sweep."""
     rows = []
-    for base in ("dense", "vanilla", "unipool", "infmoe"):
+    for base in SWEPT:
         losses = [records[f"lr/{base}/{lr}", 1]["val_loss"] if (f"lr/{base}/{lr}", 1) in records else math.inf for lr in SWEEP]
         cells = ["-" if x == math.inf else f"**{x:.4f}**" if x == min(losses) else f"{x:.4f}" for x in losses]
         rows.append(f"| {base} | {' | '.join(cells)} |")
@@ -614,7 +652,7 @@ def report(size):
              "machine that was shared; compare them with care.", "",
              "## What the routers do", "", "Means over seeds, on 64 held-out windows; balance and shares at the last step.", "",
              f"| run | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES), *measure_rows(records, done), "",
-             "## Learning rates", "", f"One seed, four sevenths of the steps. Used: {LR[size]}.", "",
+             "## Learning rates", "", f"One seed, half of the steps. Used: {LR[size]}.", "",
              "| | " + " | ".join(f"{lr:g}" for lr in SWEEP) + " |", "|---|" + "---|" * len(SWEEP), *sweep_rows(records), ""]
     suffix = "" if size == "cpu" else f"-{size}"
     Path(f"results/claims{suffix}.md").write_text("\n".join(lines))
@@ -666,7 +704,7 @@ def main():
             run_one(config.size, config.child, config.seeds[0])
         elif config.list:
             for name in dict.fromkeys(name for name, _ in wanted(config)):
-                done = [s for s in config.seeds if record_path(config.size, name, s).exists()]
+                done = [s for s in config.seeds if is_done(config.size, name, s)]
                 claims = ",".join(claims_of(RUNS.get(name, ("",))[0]))
                 print(f"{name:22} claims {claims:14} seeds done {done or '-'}  {overrides_of(name)}")
         elif config.report:
