@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from model import ModelConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-SWEPT = [f"lr/{base}/{lr}" for base in ("dense", "vanilla", "unipool", "infmoe") for lr in reproduce.SWEEP]
 
 
 def model_config(name, size="cpu"):
@@ -42,7 +42,7 @@ def n_router(config):
 # ---- the table
 
 @pytest.mark.parametrize("size", reproduce.SIZES)
-@pytest.mark.parametrize("name", [*reproduce.RUNS, *SWEPT])
+@pytest.mark.parametrize("name", [*reproduce.RUNS, *reproduce.sweep_names()])
 def test_every_run_is_a_valid_configuration(name, size):
     settings, special = reproduce.settings_of(size, name)
     TrainConfig(**{k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__})
@@ -161,6 +161,30 @@ def test_a_stopped_run_goes_on(tiny, monkeypatch):
     assert again["val_loss"] == whole["val_loss"] and again["measures"] == whole["measures"]
 
 
+def test_a_checkpoint_of_other_settings_is_not_gone_on_with(tiny, monkeypatch):
+    first = record_of("dense")
+    assert reproduce.is_done("cpu", "dense", 1)
+    monkeypatch.setitem(reproduce.SIZES, "cpu", reproduce.SIZES["cpu"] | dict(max_steps=16))
+    assert not reproduce.is_done("cpu", "dense", 1)
+    again = record_of("dense")
+    assert again["settings"] == first["settings"] | {"max_steps": 16} and again["curve"][0] != first["curve"][0]
+    assert len((tiny / "out/reproduce/cpu-dense-s1/log.csv").read_text().splitlines()) == 1 + 16  # none of the first 12 rows
+
+
+@pytest.mark.parametrize("name", reproduce.RUNS)
+def test_a_checkpoint_is_known_by_its_settings(tmp_path, name):
+    """What config.json says of a run is what the table says, for every field that the table sets."""
+    settings, _ = reproduce.settings_of("cpu", name)
+    fields = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__}
+    found = {"model": asdict(model_config(name)), "train": asdict(TrainConfig(**fields))}
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    assert not reproduce.holds(tmp_path, settings)  # no checkpoint
+    (tmp_path / "ckpt.pt").touch()
+    assert reproduce.holds(tmp_path, settings)
+    for other in ({"lr": 1.0}, {"n_layer": 9}, {"d_model": 32}):
+        assert not reproduce.holds(tmp_path, settings | other)
+
+
 def test_fine_tuning_starts_from_the_run_it_names(tiny):
     assert not reproduce.is_ready("cpu", "tune-top2", 1)
     trained = record_of("top2")
@@ -215,8 +239,9 @@ def test_verdicts(differences, verdict):
 def write_record(name, seed, loss, **measures):
     path = reproduce.record_path("cpu", name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"run": name, "size": "cpu", "seed": seed, "val_loss": loss, "n_params": 1000, "n_active_params": 500,
-              "tokens": 2048, "flops_per_token": 3000, "seconds": 2.0,
+    settings = reproduce.in_json(reproduce.settings_of("cpu", name)[0])
+    record = {"run": name, "size": "cpu", "seed": seed, "settings": settings, "val_loss": loss,
+              "n_params": 1000, "n_active_params": 500, "tokens": 2048, "flops_per_token": 3000, "seconds": 2.0,
               "hardware": "x86_64 CPU, 1 thread(s)", "torch": "2.13.0", "commit": "abc",
               "curve": [[1024, 1.0, loss + 0.1], [2048, 2.0, loss]], "measures": measures, "routing": {"balance": 1.25}}
     path.write_text(json.dumps(record))
@@ -250,6 +275,18 @@ def test_only_seeds_that_both_sides_have_are_compared(tmp_path, monkeypatch):
     assert reproduce.compare(reproduce.load_records("cpu"), "vanilla", "dense") == [(1.0, 2.0)]
 
 
+def test_records_of_other_settings_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_record("dense", 1, 2.0)
+    write_record("lr/dense/0.002", 1, 2.0)
+    path = reproduce.record_path("cpu", "dense", 1)
+    record = json.loads(path.read_text())
+    for key, other in (("run", "no such run"), ("settings", record["settings"] | {"lr": 1.0})):
+        changed = record | {key: other, "seed": 2}
+        path.with_name("cpu-other-s2.json").write_text(json.dumps(changed))
+        assert set(reproduce.load_records("cpu")) == {("dense", 1), ("lr/dense/0.002", 1)}
+
+
 def test_a_lock_counts_while_its_process_lives(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not reproduce.timing()
@@ -272,7 +309,7 @@ def test_mistakes_get_one_line(tmp_path, words, message):
     assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("words, first, n", [(["--only=a"], "dense ", 7), (["--sweep"], "lr/dense/0.001 ", 16)])
+@pytest.mark.parametrize("words, first, n", [(["--only=a"], "dense ", 7), (["--sweep"], "lr/dense/0.001 ", 20)])
 def test_list_shows_what_was_asked_for(tmp_path, words, first, n):
     run = subprocess.run([sys.executable, ROOT / "reproduce.py", "--list", *words], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.startswith(first) and len(run.stdout.splitlines()) == n and run.returncode == 0
