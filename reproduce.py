@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -242,8 +242,17 @@ def holds(folder, settings):
         found = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    found = found["model"] | found["train"]
-    return (folder / "ckpt.pt").exists() and all(found.get(k) == v for k, v in in_json(settings).items())
+    model, train = (in_json(asdict(config)) for config in configs_of(settings))
+    return ((folder / "ckpt.pt").exists() and found["model"] == model
+            and all(found["train"].get(k) == v for k, v in train.items() if k in settings))
+
+
+def configs_of(settings, **of_run):
+    """-> ModelConfig, TrainConfig"""
+    from model import ModelConfig
+    from train import TrainConfig
+    fields = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__}
+    return ModelConfig(**{k: v for k, v in settings.items() if k not in fields}), TrainConfig(**fields, **of_run)
 
 
 def in_json(value):
@@ -286,17 +295,15 @@ def run_one(size, name, seed):
     """Train (or resume) one run, measure it, write its record."""
     import torch
 
-    from model import GPT, ModelConfig
-    from train import TrainConfig, flops_per_token, train
+    from model import GPT
+    from train import flops_per_token, train
 
     settings, special = settings_of(size, name)
     folder = folder_of(size, name, seed)
     resume = holds(folder, settings)
     start = str(folder_of(size, special["tune"], seed)) if special["tune"] else "scratch"
-    fields = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__}
-    train_config = TrainConfig(**fields, out_dir=str(folder), seed=seed, quiet=True, overwrite=not resume,
-                               init_from="resume" if resume else start)
-    model_config = ModelConfig(**{k: v for k, v in settings.items() if k not in fields})
+    model_config, train_config = configs_of(settings, out_dir=str(folder), seed=seed, quiet=True, overwrite=not resume,
+                                            init_from="resume" if resume else start)
     with stale_pool_loss() if special["stale"] else contextlib.nullcontext():
         result = train(model_config, train_config)
     if not result["finished"]:
@@ -546,7 +553,14 @@ def finish(config, name, seed, seconds, code, failed):
 # ----------------------------------------------------------------------------------------------------------------------
 # The report: a pure function of results/runs/
 
-FIGURES = {"pool": ("dense", "vanilla", "unipool"), "infmoe": ("dense", "switch-2", "top2-of-4", "infmoe")}
+FIGURES = {"pool": ("dense", "vanilla", "unipool"), "pool-12": ("dense-12", "vanilla-12", "unipool-12"),
+           "ablation": ("vanilla", "unipool-G8", "shared-layer", "shared-pool", "unipool-G4", "unipool-G2", "unipool"),
+           "size": ("vanilla", "unipool", "unipool-67%", "unipool-50%", "unipool-33%"),
+           "granularity": ("vanilla", "unipool", "vanilla-16/2", "unipool-16/2", "vanilla-32/4", "unipool-32/4"),
+           "infmoe": ("dense", "dense-wide", "switch-2", "top2-of-4", "infmoe"),
+           "controls": ("dense-1.5", "infmoe", "infmoe-no-topn", "infmoe-no-noise"),
+           "losses": ("top2", "top2-sp", "top2-cp", "top2-path", "top2-sp-cp", "top2-sp-path"),
+           "ours": ("unipool", "unipool-normalised", "unipool-stale", "unipool-local", "unipool-8x")}
 
 
 def load_records(size):
@@ -567,15 +581,36 @@ def compare(records, left, right):
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, two-sided 95 %
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 12: 2.179, 16: 2.120,
+         20: 2.086, 30: 2.042, 40: 2.021, 60: 2.000}  # Student's t, two-sided 95 %, by degrees of freedom
 
 
-def verdict(differences):
-    """holds: the 95 % interval of the paired mean lies below zero; does not hold here: above; else undecided."""
+def common_spread(records):
+    """Standard deviation of a paired difference of two losses, and its degrees of freedom: one error for all runs.
+
+    A two-way analysis of variance over the R runs that have seeds 1, 2 and 3: what remains of a loss without the mean of
+    its run and that of its seed has (R - 1) (3 - 1) degrees of freedom. Three seeds alone would leave a pair of runs two.
+    """
+    table = [[records[name, seed]["val_loss"] for seed in (1, 2, 3)] for name in RUNS
+             if all((name, seed) in records for seed in (1, 2, 3))]
+    freedom = 2 * (len(table) - 1)
+    if freedom < 2:
+        return 0.0, 0
+    of_seed, overall = [mean(column) for column in zip(*table)], mean(map(mean, table))
+    errors = [loss - mean(row) - of_seed[i] + overall for row in table for i, loss in enumerate(row)]
+    return math.sqrt(2 * sum(e * e for e in errors) / freedom), freedom
+
+
+def verdict(differences, common=(0.0, 0)):
+    """holds: the 95 % interval of the paired mean lies below zero; does not hold here: above; else undecided.
+
+    common: a standard deviation that is known better than from these differences alone, and its degrees of freedom.
+    """
     n = len(differences)
     if n < 2:
         return "undecided at this scale"
-    margin = T_975[min(n - 1, 9)] * stdev(differences) / math.sqrt(n)
+    deviation, freedom = max(common[0], stdev(differences)), max(common[1], n - 1)
+    margin = T_975[max(k for k in T_975 if k <= freedom)] * deviation / math.sqrt(n)
     if mean(differences) + margin < 0:
         return "holds"
     return "does not hold here" if mean(differences) - margin > 0 else "undecided at this scale"
@@ -585,14 +620,14 @@ def spread(values):
     return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def claim_row(records, claim, text, left, right):
+def claim_row(records, common, claim, text, left, right):
     pairs = compare(records, left, right)
     if not pairs:
         return f"| {claim} | {text} | `{left}` | `{right}` | not run yet | | | |"
     lefts, rights = zip(*pairs)
     differences = [x - y for x, y in pairs]
     return (f"| {claim} | {text} | `{left}` {spread(lefts)} | `{right}` {spread(rights)} | {spread(differences)} | "
-            f"{len(pairs)} | {verdict(differences)} |")
+            f"{len(pairs)} | {verdict(differences, (0.0, 0) if ':' in left else common)} |")
 
 
 def run_row(records, name):
@@ -634,7 +669,7 @@ def report(size):
     done = [name for name in RUNS if any(n == name for n, _ in records)]
     machines = sorted({f"{r['hardware']}, torch {r['torch']}" for r in records.values()})
     commits = sorted({r["commit"] for r in records.values()})
-    base = SIZES[size]
+    base, common, suffix = SIZES[size], common_spread(records), "" if size == "cpu" else f"-{size}"
     lines = [f"# What holds at {size} size", "",
              f"Written by `python reproduce.py --report --size={size}` from results/runs/. {base['arch']} blocks, "
              f"{base['n_layer']} layers (12 where it says so), width {base['d_model']}, context {base['block_size']}, "
@@ -642,10 +677,15 @@ def report(size):
              f"{len(records)} runs on {'; '.join(machines)}; commits {', '.join(commits)}.", "",
              "The left side is claimed to be below the right one. Paired over seeds; \"holds\" and \"does not hold here\"",
              "mean that the 95 % t-interval of the paired difference lies on one side of zero, \"undecided\" that it does not,",
-             "or that there is one seed.", "",
+             "or that there is one seed. The interval of losses takes one error for all runs with seeds 1, 2 and 3 (two-way",
+             f"analysis of variance: paired differences deviate by {common[0]:.4f}, with {common[1]} degrees of freedom),",
+             "or the pair's own where that is larger; measures other than the loss take their own, with n - 1. About one in",
+             "twenty verdicts is chance.", "",
              "| | claim | left | right | difference | seeds | verdict |", "|---|---|---|---|---|---|---|",
-             *(claim_row(records, *claim) for claim in CLAIMS), "",
-             "## Runs", "", "| run | validation loss | seeds | stored | active | tokens | FLOPs | seconds |",
+             *(claim_row(records, common, *claim) for claim in CLAIMS), "",
+             "## Runs", "", "Loss against tokens, FLOPs and seconds, with the range of the seeds: "
+             + ", ".join(f"[{title}](claims{suffix}-{title}.png)" for title in FIGURES) + ".", "",
+             "| run | validation loss | seeds | stored | active | tokens | FLOPs | seconds |",
              "|---|---|---|---|---|---|---|---|",
              *(run_row(records, name) for name in done), "",
              "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds: tokens by a run's median speed, validations apart, on a",
@@ -654,14 +694,13 @@ def report(size):
              f"| run | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES), *measure_rows(records, done), "",
              "## Learning rates", "", f"One seed, half of the steps. Used: {LR[size]}.", "",
              "| | " + " | ".join(f"{lr:g}" for lr in SWEEP) + " |", "|---|" + "---|" * len(SWEEP), *sweep_rows(records), ""]
-    suffix = "" if size == "cpu" else f"-{size}"
     Path(f"results/claims{suffix}.md").write_text("\n".join(lines))
     print(f"wrote results/claims{suffix}.md from {len(records)} runs")
     draw_curves(records, suffix)
 
 
 def draw_curves(records, suffix):
-    """Loss against tokens, FLOPs and seconds for the main rows of claims a and e."""
+    """Loss against tokens, FLOPs and seconds: means over seeds, and the range of the seeds."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -672,27 +711,33 @@ def draw_curves(records, suffix):
         groups = {n: group for n, group in groups.items() if group}
         if not groups:
             continue
-        figure = Figure(figsize=(11, 3.6), dpi=150, layout="constrained")
+        figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
         for name, group in groups.items():
-            curve = [[mean(column) for column in zip(*points)] for points in zip(*(r["curve"] for r in group))]  # over seeds
-            tokens, seconds, losses = zip(*curve)
-            r, seeds = group[0], f"{len(group)} seed{'s' * (len(group) > 1)}"
-            label = f"{name}: {seeds}, {r['n_params'] / 1e6:.2f}M stored, {r['n_active_params'] / 1e6:.2f}M active"
-            flops = [t * group[0]["flops_per_token"] / 1e12 for t in tokens]
-            for axes, x in zip(panels, ([t / 1e6 for t in tokens], flops, seconds)):
-                axes.plot(x, losses, marker="o", markersize=3, label=label)
+            draw_run(panels, name, group)
         for axes, label in zip(panels, ("tokens (M)", "training FLOPs (1e12)", "seconds")):
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("validation loss (nats)")
-        panels[0].legend(frameon=False, fontsize=7)
+        figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=2)
         shown = [r for group in groups.values() for r in group]
         commits = ", ".join(sorted({r["commit"] for r in shown}))
         tokens = max(r["tokens"] for r in shown) / 1e6
         figure.suptitle(f"{tokens:.2f}M tokens, {shown[0]['hardware']}, commit {commits}", fontsize=8)
         figure.savefig(f"results/claims{suffix}-{title}.png", metadata={"Software": None})
+
+
+def draw_run(panels, name, group):
+    """One run of a figure: `group` are its records, one a seed."""
+    r, seeds = group[0], f"{len(group)} seed{'s' * (len(group) > 1)}"
+    label = f"{name}: {seeds}, {r['n_params'] / 1e6:.2f}M stored, {r['n_active_params'] / 1e6:.2f}M active"
+    points = [list(zip(*of_seeds)) for of_seeds in zip(*(r["curve"] for r in group))]  # a point: tokens, seconds, losses
+    tokens, seconds, losses = ([mean(point[i]) for point in points] for i in range(3))
+    flops = [t * r["flops_per_token"] / 1e12 for t in tokens]
+    for axes, x in zip(panels, ([t / 1e6 for t in tokens], flops, seconds)):
+        line, = axes.plot(x, losses, marker="o", markersize=3, label=label)
+        axes.fill_between(x, [min(p[2]) for p in points], [max(p[2]) for p in points], alpha=0.15, color=line.get_color())
 
 
 def main():
