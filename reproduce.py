@@ -38,7 +38,7 @@ SIZES = {
                 vocab_size=50304, batch_tokens=65536, micro_batch=32, max_steps=480, warmup_steps=40, weight_decay=0.1,
                 eval_every=60, eval_tokens=1048576, save_every=240, log_every=10),
 }
-LR = {"cpu": {"dense": 4e-3, "moe": 2e-3, "unipool": 2e-3, "infmoe": 4e-3},
+LR = {"cpu": {"dense": 8e-3, "moe": 4e-3, "unipool": 4e-3, "infmoe": 8e-3},
       "gpu": {"dense": 1e-3, "moe": 1e-3, "unipool": 1e-3, "infmoe": 1e-3}}
 SWEPT, SWEEP = ("dense", "vanilla", "unipool", "infmoe"), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # the same for all, half the steps
 
