@@ -554,12 +554,21 @@ def finish(config, name, seed, seconds, code, failed):
 # The report: a pure function of results/runs/
 
 FIGURES = {"pool": ("dense", "vanilla", "unipool"), "pool-12": ("dense-12", "vanilla-12", "unipool-12"),
-           "ablation": ("vanilla", "unipool-G8", "shared-layer", "shared-pool", "unipool-G4", "unipool-G2", "unipool"),
+           "ablation": ("vanilla", "vanilla-bias", "vanilla-norm", "shared-layer", "shared-pool", "unipool-G8", "unipool-G4",
+                        "unipool-G2", "unipool"),
            "size": ("vanilla", "unipool", "unipool-67%", "unipool-50%", "unipool-33%"),
+           "size-12": ("vanilla-12", "unipool-12", "unipool-12-67%", "unipool-12-50%", "unipool-12-33%"),
            "granularity": ("vanilla", "unipool", "vanilla-16/2", "unipool-16/2", "vanilla-32/4", "unipool-32/4"),
            "infmoe": ("dense", "dense-wide", "switch-2", "top2-of-4", "infmoe"),
            "controls": ("dense-1.5", "infmoe", "infmoe-no-topn", "infmoe-no-noise"),
+           "samples": ("dense-short", "infmoe-short", "infmoe-K1", "infmoe-K4", "infmoe-N12", "infmoe-N50", "infmoe-dz8",
+                       "infmoe-dz64"),
+           "extensions": ("infmoe-short", "infmoe-pre", "infmoe-deep", "infmoe-deep-shared", "infmoe-deep-hier",
+                          "infmoe-deep-pre", "infmoe-mixture", "infmoe-balance", "infmoe-pool"),
            "losses": ("top2", "top2-sp", "top2-cp", "top2-path", "top2-sp-cp", "top2-sp-path"),
+           "losses-elsewhere": ("top2-z", "top2-z-sp-cp", "shared-expert", "shared-expert-sp-cp", "pool2", "pool2-sp-cp",
+                                "pool2-sp-path"),
+           "tuning": ("tune-top2", "tune-top2-sp-cp"),
            "ours": ("unipool", "unipool-normalised", "unipool-stale", "unipool-local", "unipool-8x")}
 
 

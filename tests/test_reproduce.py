@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import torch
@@ -76,6 +77,10 @@ def test_claims_name_runs():
     assert set(sides) <= set(reproduce.RUNS)
     letters = {c[0] for claims, _ in reproduce.RUNS.values() for c in reproduce.claims_of(claims)}
     assert letters == set("abcdefgh")
+
+
+def test_every_run_is_in_a_figure():
+    assert {name for names in reproduce.FIGURES.values() for name in names} == set(reproduce.RUNS)
 
 
 def test_a_claim_runs_what_it_compares():
@@ -231,6 +236,37 @@ def test_students_t(freedom, t):
     ([-0.01] * 12, "holds")])
 def test_verdicts(differences, verdict):
     assert reproduce.verdict(differences) == verdict
+
+
+@pytest.mark.parametrize("differences, common, verdict", [
+    ([-0.01, -0.03, -0.02], (0.0, 0), "undecided at this scale"),  # t(2) s / sqrt(3) = 0.025
+    ([-0.01, -0.03, -0.02], (0.01, 60), "holds"),  # t(60) s / sqrt(3) = 0.012
+    ([-0.02, -0.0201, -0.0199], (0.05, 60), "undecided at this scale"),  # agreement by luck
+    ([-0.06, 0.04, -0.01], (0.001, 60), "undecided at this scale"),  # a pair that varies more than others
+    ([-0.5], (0.01, 60), "undecided at this scale")])
+def test_verdicts_with_one_error_for_all_runs(differences, common, verdict):
+    assert reproduce.verdict(differences, common) == verdict
+
+
+def losses(**of_runs):
+    return {(name, seed): {"val_loss": loss} for name, row in of_runs.items() for seed, loss in enumerate(row, 1)}
+
+
+def test_common_spread():
+    additive = losses(dense=(1.0, 2.0, 4.0), vanilla=(1.5, 2.5, 4.5), unipool=(0.0, 1.0, 3.0))
+    assert reproduce.common_spread(additive) == (pytest.approx(0, abs=1e-12), 4)
+    two = losses(dense=(1.0, 2.0, 4.0), vanilla=(1.1, 2.5, 4.3))  # of two runs it is the deviation of their differences
+    assert reproduce.common_spread(two) == (pytest.approx(stdev([0.1, 0.5, 0.3])), 2)
+    two["unipool", 1] = {"val_loss": 9.0}  # one seed does not count
+    assert reproduce.common_spread(two)[1] == 2
+    assert reproduce.common_spread(losses(dense=(1.0, 2.0, 4.0))) == reproduce.common_spread({}) == (0.0, 0)
+
+
+def test_common_spread_finds_the_deviation_that_was_put_in():
+    torch.manual_seed(0)
+    runs = {name: (torch.randn(1) + torch.tensor([0.3, 0.0, -0.2]) + 0.01 * torch.randn(3)).tolist() for name in reproduce.RUNS}
+    deviation, freedom = reproduce.common_spread(losses(**runs))
+    assert freedom == 2 * (len(reproduce.RUNS) - 1) and deviation == pytest.approx(0.01 * math.sqrt(2), rel=0.2)
 
 
 def write_record(name, seed, loss, **measures):
