@@ -233,7 +233,7 @@ def is_done(size, name, seed):
 def is_current(record):
     name, size = record["run"], record["size"]
     known = name in RUNS or name in sweep_names()
-    return known and record["settings"] == in_json(settings_of(size, name)[0])
+    return known and record.get("settings") == in_json(settings_of(size, name)[0])
 
 
 def holds(folder, settings):
