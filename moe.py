@@ -239,7 +239,7 @@ def uniform_noise(keys, stream, n):
     recomputation, resuming, the KV cache and torch.compile all see the same noise [ours]. keys (T,) -> (T, n) float32."""
     salt = hash32((torch.arange(n, device=keys.device) + hash32(stream + 1)) & MASK32)  # (n,)
     bits = hash32((hash32(keys)[:, None] + salt[None, :]) & MASK32)  # (T, n)
-    return ((bits >> 8).float() + 0.5) * 2.0**-24
+    return ((bits >> 8).float() + 0.5).mul(2.0**-24).clamp_max(1 - 2.0**-24)  # with all bits set + 0.5 rounds up, to 1
 
 
 def normal_noise(keys, stream, n):

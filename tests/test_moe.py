@@ -349,6 +349,22 @@ def test_uniform_noise_is_uniform():
         assert abs(ones - 0.5) * 2 * math.sqrt(u.numel()) < 4
 
 
+TOPMOST = torch.tensor([269198])  # with stream 1, number 3 has all of its 24 bits set
+
+
+def test_uniform_noise_stays_below_one():
+    """float32 rounds 2^24 - 1/2 up to 2^24; -log(-log(1)) would be Gumbel noise without end."""
+    u = moe.uniform_noise(TOPMOST, 1, 4)
+    assert u[0, 3] == 1 - 2.0**-24 and (u < 1).all()
+
+
+def test_a_mixture_survives_the_topmost_noise():
+    router = make(moe.GaussianRouter(D, 3, 1, n_components=4)).float()
+    codes = router(normal(1, 1, D).float(), TOPMOST)
+    codes.z.sum().backward()
+    assert codes.z.isfinite().all() and all(p.grad.isfinite().all() for p in router.parameters())
+
+
 @pytest.mark.parametrize("n", [1, 2, 7, 16])  # odd counts: Box-Muller makes pairs
 def test_normal_noise_is_standard_normal(n):
     g = moe.normal_noise(KEYS, 5, n)
