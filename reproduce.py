@@ -689,7 +689,7 @@ def report(size):
              "or that there is one seed. The interval of losses takes one error for all runs with seeds 1, 2 and 3 (two-way",
              f"analysis of variance: paired differences deviate by {common[0]:.4f}, with {common[1]} degrees of freedom),",
              "or the pair's own where that is larger; measures other than the loss take their own, with n - 1. Of claims",
-             "without any effect about one in twenty gets a verdict by chance. Initial scale, raw scores and rates were chosen on",
+             "without any effect one in twenty gets a verdict by chance. Initial scale, raw scores and rates were chosen on",
              "trial runs with seeds 1 to 3, which are among these seeds (log.md).", "",
              "| | claim | left | right | difference | seeds | verdict |", "|---|---|---|---|---|---|---|",
              *(claim_row(records, common, *claim) for claim in CLAIMS), "",
