@@ -49,10 +49,10 @@ lint: $(TOOLS)
 	$(PYTHON) -m ruff check .
 
 bench: $(READY)
-	$(PYTHON) bench.py all
+	$(PYTHON) -m lab.bench all
 
 gpu-check: $(TOOLS)
-	$(PYTHON) bench.py gpu_check
+	$(PYTHON) -m lab.bench gpu_check
 
 clean:
 	rm -rf out data .venv .cache

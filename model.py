@@ -641,7 +641,7 @@ class GPT(nn.Module):
     @classmethod
     def from_hf(cls, name_or_dir):
         """A gpt2, llama, mixtral, olmoe or qwen3_moe of transformers' (a name on its hub, or a folder), in float32."""
-        import hf  # lazily: it imports this file
+        from support import hf  # lazily: it imports this file
         return hf.load(name_or_dir)
 
 
@@ -731,8 +731,8 @@ def main():
         if target:
             fail("--export writes a trained model: name its folder with --out_dir, and no config file")
         return print_parameters(parsed.make(ModelConfig))
-    import hf
-    from prepare_data import get_tokenizer
+    from support import hf
+    from support.tokenizer import get_tokenizer
     try:
         saved = load_checkpoint(os.path.join(folder, "ckpt.pt"))
         print_parameters(ModelConfig(**saved["model_config"]))

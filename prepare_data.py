@@ -14,7 +14,6 @@ The work goes on in OUT_DIR.unfinished, which becomes OUT_DIR once it is whole; 
 A shard is what llm.c and modded-nanogpt read: 256 little-endian int32 (20240520, 1, token count, zeros), uint16 tokens.
 """
 
-import base64
 import contextlib
 import functools
 import hashlib
@@ -26,7 +25,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -40,13 +38,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 from configurator import fail, parse
-
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-VOCABULARY = Path(__file__).resolve().parent / ".cache" / "tiktoken"  # GPT-2's, for machines without a network
+from support.shards import (
+    HEADER_BYTES,
+    atomic_write,
+    file_sha256,
+    is_shard,
+    load_meta,
+    shard_length,
+    unfinished,
+    write_shard,
+)
+from support.tokenizer import get_tokenizer
 
 
 @dataclass
@@ -70,231 +75,6 @@ class DataConfig:
             raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1, and fit the int32 of a shard's header")
         if any(value is not None and value < 1 for value in (self.max_tokens, self.workers)):
             raise ValueError("max_tokens and workers must be at least 1")
-
-
-# ---- 1. tokenizers
-
-
-class Tokenizer:
-    """A tiktoken.Encoding whose ids are 0..vocab_size - 1, the end of text (`eot`) among them."""
-
-    def __init__(self, name, encoding):
-        self.name, self.encoding = name, encoding
-        self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
-
-    def encode_array(self, text):
-        """text -> uint16 array. The text of a special token is ordinary text; half a surrogate pair becomes "?"."""
-        data = text.encode("utf-8", "replace")
-        if self.name == "bytes":
-            return np.frombuffer(data, np.uint8).astype(np.uint16)
-        return self.encoding.encode_to_numpy(data.decode(), disallowed_special=()).astype(np.uint16)
-
-    def encode(self, text):
-        return self.encode_array(text).tolist()
-
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
-
-    def decode_bytes(self, tokens):
-        """An id beyond the vocabulary (a model's may be padded) becomes U+FFFD."""
-        one = self.encoding.decode_single_token_bytes
-        return b"".join(one(token) if token < self.vocab_size else "\ufffd".encode() for token in tokens)
-
-    def decode(self, tokens):
-        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
-
-
-@functools.lru_cache
-def get_tokenizer(spec):
-    """spec: "bytes" (257 ids), "gpt2" (50257), or the path of a .tiktoken rank file. -> Tokenizer; ValueError."""
-    if spec == "gpt2":
-        if VOCABULARY.is_dir():
-            os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(VOCABULARY))
-        try:
-            return Tokenizer(spec, tiktoken.get_encoding("gpt2"))
-        except Exception as error:  # tiktoken downloads the vocabulary on first use: whatever the network throws
-            raise ValueError(
-                f"GPT-2's vocabulary is not here and cannot be downloaded ({type(error).__name__}): run once where "
-                f"there is a network with TIKTOKEN_CACHE_DIR={VOCABULARY} and copy that folder, or use --tokenizer=bytes"
-            ) from None
-    ranks = {bytes([i]): i for i in range(256)} if spec == "bytes" else read_ranks(Path(spec))
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # how GPT-2 splits text
-    special = {"<|endoftext|>": len(ranks)}
-    return Tokenizer(spec, tiktoken.Encoding(spec, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
-
-
-def read_ranks(path):
-    """The ranks of a .tiktoken file: one line a token, in base64, and its rank. -> {bytes: int}"""
-    if path.suffix != ".tiktoken" or not path.is_file():
-        raise ValueError(f"no tokenizer '{path}': bytes, gpt2, or the path of a .tiktoken rank file")
-    try:
-        rows = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
-    except ValueError as error:
-        raise ValueError(f"{path}: not a .tiktoken rank file ({error})") from None
-    if any(bytes([i]) not in ranks for i in range(256)) or sorted(ranks.values()) != list(range(len(rows))):
-        raise ValueError(f"{path}: needs all 256 single bytes among its tokens, and ranks 0 to n - 1, once each")
-    if len(ranks) >= 2**16:
-        raise ValueError(f"{path}: {len(ranks) + 1} ids are too many, shards hold uint16")
-    return ranks
-
-
-# ---- 2. the shard format
-
-
-def atomic_write(path, *chunks):
-    """Write a file that is either whole or not there: another name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        for chunk in chunks:
-            f.write(chunk)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def write_shard(path, tokens):
-    """tokens: integers < 2**16, at most 2**31 - 1 of them. -> {"tokens": count, "sha256": of the file}"""
-    header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    atomic_write(path, header.tobytes(), np.ascontiguousarray(tokens, "<u2").data)
-    return {"tokens": len(tokens), "sha256": file_sha256(path)}
-
-
-def count_tokens(f):
-    """The token count of a shard, open for reading; a ValueError names the file if it is not a whole shard."""
-    header, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
-    if len(header) < HEADER_BYTES:
-        raise ValueError(f"{f.name}: truncated, its {size} bytes are less than a shard's header")
-    magic, version, count = np.frombuffer(header, "<i4")[:3].tolist()
-    if (magic, version) != (MAGIC, VERSION):
-        raise ValueError(f"{f.name}: not a token shard (starts with {magic}, {version}; expected {MAGIC}, {VERSION})")
-    if size != HEADER_BYTES + 2 * count:
-        state = "truncated" if size < HEADER_BYTES + 2 * count else "damaged"
-        raise ValueError(f"{f.name}: {state}, {count} tokens in its header, {(size - HEADER_BYTES) / 2:.15g} in the file")
-    return count
-
-
-def shard_length(path):
-    with open(path, "rb") as f:
-        return count_tokens(f)
-
-
-def file_sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# ---- 3. reading
-
-
-def load_meta(folder):
-    """meta.json of a prepared folder; one without it that holds llm.c's fineweb_train_*.bin is taken for GPT-2's tokens."""
-    folder = Path(folder)
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        return meta | {"tokenizer": str(meta["tokenizer"]), "vocab_size": int(meta["vocab_size"])}
-    except FileNotFoundError:
-        if any(not path.name.startswith("train") for path in shard_paths(folder, "train")):
-            return {"tokenizer": "gpt2", "vocab_size": 50257}
-        raise FileNotFoundError(f"no data in '{folder}': {making_of(folder)}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / 'meta.json'}: damaged ({error!r}); {making_of(folder)} --overwrite") from None
-
-
-def making_of(folder):
-    """The command that makes `folder`, as far as its name tells."""
-    source, _, tokenizer = folder.name.partition("_")
-    source = source if source in (*HUB, *PYTHON_SOURCES) else "stdlib"
-    options = " --tokenizer=gpt2" if tokenizer == "gpt2" else ""
-    state = "its preparation has not finished, " if unfinished(folder).is_dir() else ""
-    return f"{state}run: python prepare_data.py {source}{options} --out_dir={folder}"
-
-
-def unfinished(folder):
-    return folder.with_name(folder.name + ".unfinished")
-
-
-def shard_paths(folder, split):
-    """train_000000.bin, ..., or as others name them: fineweb_train_000001.bin, ..."""
-    return sorted(path for path in Path(folder).glob("*.bin") if is_shard(path.name, split))
-
-
-def is_shard(name, split):
-    return re.search(rf"(^|_)({split})_\d+\.bin$", name) is not None
-
-
-@functools.lru_cache(maxsize=8)
-def shuffled(n, *key):
-    """A permutation of range(n) that depends on `key` only. Raw Philox bits are the same in every version of numpy."""
-    return np.random.Philox(np.random.SeedSequence(key)).random_raw(n).argsort(kind="stable")
-
-
-class ShardReader:
-    """Windows of block_size + 1 tokens from the shards of one split of a folder.
-
-    Windows lie at a stride of block_size (the last token of one is the first of the next), and none crosses a shard.
-    Nothing is kept open or in memory: each read is checked against the file as it is then, so a shard that is deleted or cut
-    short during training is a ValueError with its name (a memory map would be a SIGBUS), and workers may fork.
-    """
-
-    def __init__(self, folder, split, block_size, vocab_size=None, seed=0):
-        self.folder, self.block_size, self.vocab_size, self.seed = folder, block_size, vocab_size, seed % 2**64
-        load_meta(folder)
-        self.paths = shard_paths(folder, split)
-        if not self.paths:
-            raise FileNotFoundError(f"no {split} shards in {folder}: {making_of(Path(folder))} --overwrite")
-        self.counts = [shard_length(path) for path in self.paths]
-        self.windows = np.array([max(0, count - 1) // block_size for count in self.counts])  # (shards,)
-        self.n_tokens, self.n_windows = sum(self.counts), int(self.windows.sum())
-        if not self.n_windows:
-            raise ValueError(f"{folder}: {self.n_tokens} {split} tokens hold no window of block_size + 1 = {block_size + 1}")
-
-    def batch(self, first, n):
-        """Windows first .. first + n - 1 of the endless shuffled stream. -> (n, block_size + 1) int64
-
-        Position p is in epoch p // n_windows. An epoch is a permutation of all windows (shards shuffled, then the windows
-        of each) and a pure function of (seed, epoch): resuming needs only the position, and ranks that take disjoint
-        positions share no window within an epoch.
-        """
-        return self.gather(first, n, shuffled)
-
-    def sequential(self, first, n):
-        """Windows first .. first + n - 1 in file order, for validation. -> (n, block_size + 1) int64"""
-        if first + n > self.n_windows:
-            raise ValueError(f"{self.folder}: windows up to {first + n} asked for, {self.n_windows} there")
-        return self.gather(first, n, lambda n, *key: np.arange(n))
-
-    def gather(self, first, n, permutation):
-        out, done = np.empty((n, self.block_size + 1), np.int64), 0
-        while done < n:  # one run of windows from one shard at a time
-            epoch, position = divmod(first + done, self.n_windows)
-            order = permutation(len(self.paths), self.seed, epoch)
-            ends = np.cumsum(self.windows[order])
-            turn = int(np.searchsorted(ends, position, side="right"))
-            shard, begin = int(order[turn]), position - int(ends[turn - 1] if turn else 0)
-            windows = permutation(int(self.windows[shard]), self.seed, epoch, shard)[begin : begin + n - done]
-            self.read(shard, windows, out[done : done + len(windows)])
-            done += len(windows)
-        return out
-
-    def read(self, shard, windows, out):
-        """Fill out (len(windows), block_size + 1) from one shard."""
-        path, width = self.paths[shard], self.block_size + 1
-        try:
-            with open(path, "rb") as f:
-                if count_tokens(f) != self.counts[shard]:
-                    raise ValueError(f"{path}: changed while it was in use")
-                for row, window in zip(out, windows.tolist()):
-                    data = os.pread(f.fileno(), 2 * width, HEADER_BYTES + 2 * window * self.block_size)
-                    row[:] = np.frombuffer(data, "<u2", width)
-        except FileNotFoundError:
-            raise ValueError(f"{path}: vanished while it was in use") from None
-        if self.vocab_size is not None and out.max() >= self.vocab_size:
-            raise ValueError(f"{path}: token id {out.max()} is beyond the vocabulary of {self.vocab_size}")
 
 
 # ---- 4. sources: which files there are, and the documents in them

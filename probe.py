@@ -29,14 +29,13 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-import evaluate
-import figures
-import hf
 import kernels
 import moe
 from configurator import fail, parse
-from machine import newest_run, pick_device
-from prepare_data import ShardReader, load_meta
+from lab import evaluate
+from support import figures, hf
+from support.machine import newest_run, pick_device
+from support.shards import ShardReader, load_meta
 
 FAMILIES = "Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3, gpt-oss and Granite-MoE"
 

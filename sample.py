@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from configurator import fail, parse
-from machine import newest_run, pick_device
 from model import GPT, load_checkpoint
-from prepare_data import get_tokenizer
+from support.machine import newest_run, pick_device
+from support.tokenizer import get_tokenizer
 
 
 @dataclass

@@ -34,7 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import fail, parse
-from machine import (
+from model import GPT, ModelConfig, load_checkpoint
+from support.machine import (
     accumulation_steps,
     flops_per_token,
     gather_state,
@@ -47,9 +48,8 @@ from machine import (
     shard_model,
     stop_signals,
 )
-from model import GPT, ModelConfig, load_checkpoint
-from prepare_data import ShardReader, load_meta
-from report import NOT_KEPT, amount, describe, draw_loss, open_trackers, plan, span, summary
+from support.report import NOT_KEPT, amount, describe, draw_loss, open_trackers, plan, span, summary
+from support.shards import ShardReader, load_meta
 
 
 @dataclass

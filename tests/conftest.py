@@ -1,6 +1,11 @@
 """Every test starts from the same seed, on one thread (the tensors are tiny), and leaves torch as it found it."""
+import os
+from pathlib import Path
+
 import pytest
 import torch
+
+os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)  # for `python -m lab.…` in another folder
 
 
 def pytest_collection_modifyitems(items):

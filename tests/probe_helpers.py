@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from model import GPT, ModelConfig
-from prepare_data import get_tokenizer, write_shard
+from support.shards import write_shard
+from support.tokenizer import get_tokenizer
 
 VOCAB, CONTEXT = 257, 32  # bytes and end of text
 SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from kernel_helpers import distances, expert_inputs, literal_experts, literal_masked, mask_inputs
 
-import bench
 import kernels
+from lab import bench
 from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -120,5 +120,5 @@ def test_quick_tables_run(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("words, message", [(["nonsense"], "unknown bench 'nonsense'"), (["gpu_check"], "needs a CUDA device"),
                                             (["moe", "--quik"], "--quick")])
 def test_mistakes_get_one_line(tmp_path, words, message):
-    run = subprocess.run([sys.executable, ROOT / "bench.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "lab.bench", *words], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1

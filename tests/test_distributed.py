@@ -28,7 +28,7 @@ from train_helpers import (
 
 import train
 from model import GPT, ModelConfig
-from prepare_data import ShardReader
+from support.shards import ShardReader
 
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 IDLE = dict(FLAVOURS["switch"], n_experts=64)  # 64 experts for the 64 tokens of a rank's micro-step: many idle on one rank only

@@ -11,8 +11,8 @@ import pytest
 import torch
 from probe_helpers import CONTEXT, random_model, save_checkpoint
 
-import evaluate
-from prepare_data import get_tokenizer
+from lab import evaluate
+from support.tokenizer import get_tokenizer
 
 TOY = Path(__file__).parent / "toy_task"
 ITEMS = [json.loads(line) for line in (TOY / "toy.jsonl").read_text().splitlines()]
@@ -180,7 +180,7 @@ def test_toy_task_equals_by_hand(harness, tmp_path, capsys, monkeypatch):
 
 def test_equals_hflm_on_the_exported_model(harness, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    import hf
+    from support import hf
     lm = scorer()
     hf.export(lm.model, tmp_path, lm.tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()

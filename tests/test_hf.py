@@ -10,7 +10,7 @@ import torch
 from probe_helpers import CONTEXT, VOCAB, hf_model, random_model, save_checkpoint, saved, text_shards, tokens
 
 from model import GPT
-from prepare_data import get_tokenizer
+from support.tokenizer import get_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 hf = pytest.importorskip("hf")

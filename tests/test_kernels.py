@@ -29,9 +29,9 @@ from kernel_helpers import (
     outputs_and_gradients,
 )
 
-import bench
 import kernels
 import triton_kernels
+from lab import bench
 
 ROOT = Path(__file__).parent.parent
 GRADIENTS = "y", "x", "weights", "w_in", "w_out"

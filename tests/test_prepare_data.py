@@ -26,7 +26,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from prepare_data import DataConfig, ShardReader, get_tokenizer, load_meta, prepare, write_shard
+from prepare_data import DataConfig, prepare
+from support.shards import ShardReader, load_meta, write_shard
+from support.tokenizer import get_tokenizer
 
 TEXTS = ["one\r\ntwo", "naïve café", "日本語 🙂", "\tdef f():\n        return 1\n", "<|endoftext|>", "x" * 5000, " ", "\x00"]
 DOCUMENTS = [f"{i}: {text}" for i in range(40) for text in TEXTS]

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from probe_helpers import CONTEXT, ROUTED, VOCAB, hf_model, random_model, save_checkpoint, saved, text_shards, tokens
 
-import evaluate
 import moe
 import probe
+from lab import evaluate
 from probe import Layer, ProbeConfig, Subject
 
 TOPK = dict(arch="llama", flavour="topk", n_experts=6, d_expert=24, n_kv_head=2, n_layer=4)
@@ -264,7 +264,7 @@ def run(tmp_path, name="probe", **settings):
 
 
 def test_ours_and_the_export_give_the_same_numbers(tmp_path, data):
-    import hf
+    from support import hf
     model = random_model(**TOPK)
     folder = save_checkpoint(model, tmp_path / "ours", data)
     hf.export(model, tmp_path / "theirs")
@@ -387,7 +387,7 @@ def test_neuron_use(settings):
 
 
 def test_overlap_of_ours_and_of_the_export(tmp_path, data):
-    import hf
+    from support import hf
     model = random_model(**TOPK)
     folder = save_checkpoint(model, tmp_path / "ours", data)
     hf.export(model, tmp_path / "theirs")

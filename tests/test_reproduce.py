@@ -15,7 +15,7 @@ import torch
 from train_helpers import make_data
 
 import moe
-import reproduce
+from lab import reproduce
 
 ROOT = Path(__file__).parent.parent
 
@@ -338,20 +338,20 @@ def test_a_lock_counts_while_its_process_lives(tmp_path, monkeypatch):
     (["--only=tune-top2", "--seeds=1"], "tune-top2 seed 1 tunes the model of top2"),
     (["--only=nonsense"], "nonsense is no claim"), (["--report"], "no records of size cpu"), (["--size=tpu"], "size=tpu")])
 def test_mistakes_get_one_line(tmp_path, words, message):
-    run = subprocess.run([sys.executable, ROOT / "reproduce.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "lab.reproduce", *words], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("words, first, n", [(["--only=a"], "dense ", 7), (["--sweep"], "lr/dense/0.001 ", 20)])
 def test_list_shows_what_was_asked_for(tmp_path, words, first, n):
-    run = subprocess.run([sys.executable, ROOT / "reproduce.py", "--list", *words], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "lab.reproduce", "--list", *words], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.startswith(first) and len(run.stdout.splitlines()) == n and run.returncode == 0
 
 
 @pytest.mark.slow
 def test_a_deadline_stops_and_the_next_call_resumes(tmp_path):
     """Real children: the budget ends in the middle of a run, SIGTERM saves it, and a later call goes on from there."""
-    words = [sys.executable, ROOT / "reproduce.py", "--only=dense", "--seeds=1", "--minutes=0.35"]
+    words = [sys.executable, "-m", "lab.reproduce", "--only=dense", "--seeds=1", "--minutes=0.35"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     first, second = (subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment) for _ in range(2))
     assert "dense seed 1: stopped, resumes next time" in first.stdout and first.returncode == 0
@@ -362,7 +362,7 @@ def test_a_deadline_stops_and_the_next_call_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_no_run_outlives_a_killed_runner(tmp_path):
-    words = [sys.executable, ROOT / "reproduce.py", "--only=dense", "--seeds=1"]
+    words = [sys.executable, "-m", "lab.reproduce", "--only=dense", "--seeds=1"]
     runner = subprocess.Popen(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     log = tmp_path / "out/reproduce/cpu-dense-s1/log.csv"
     while not (log.exists() and len(log.read_text().splitlines()) > 2):

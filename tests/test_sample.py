@@ -9,9 +9,9 @@ from train_helpers import FLAVOURS, PYTHON, ROOT, SIZE, TRAINING, make_data, run
 
 import sample
 import train
-from machine import newest_run
 from model import GPT, ModelConfig
-from prepare_data import get_tokenizer
+from support.machine import newest_run
+from support.tokenizer import get_tokenizer
 
 
 @pytest.fixture(scope="module")

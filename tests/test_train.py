@@ -37,11 +37,10 @@ from train_helpers import (
     train_command,
 )
 
-import machine
-import report
 import train
 from model import GPT, ModelConfig
-from prepare_data import ShardReader, write_shard
+from support import machine, report
+from support.shards import ShardReader, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -767,7 +766,8 @@ def test_random_runs_resume(data, tmp_path, monkeypatch):
 def test_freed_memory_is_kept():
     """Allocated again, 200 MB cost next to no page faults; without the call they cost at least one for each huge page."""
     code = """if True:
-        import resource, sys, torch, machine
+        import resource, sys, torch
+        from support import machine
         faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         if sys.argv[1] == "keep":
             machine.keep_memory()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prepare_data import write_shard
+from support.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable

@@ -1,9 +1,9 @@
 """Speed and memory, each as a ratio to a reference that is timed in the same process, interleaved.
 
-    python bench.py all                  # the CPU table C1 to C10, in under ten minutes (make bench)
-    python bench.py moe --quick          # one table at one shape
-    python bench.py infmoe               # latency against activation rate, as a table and a picture
-    python bench.py gpu_check --out=DIR  # on a GPU: kernels, tests, G1 to G7, short real runs, in nine minutes
+    python -m lab.bench all                  # the CPU table C1 to C10, in under ten minutes (make bench)
+    python -m lab.bench moe --quick          # one table at one shape
+    python -m lab.bench infmoe               # latency against activation rate, as a table and a picture
+    python -m lab.bench gpu_check --out=DIR  # on a GPU: kernels, tests, G1 to G7, short real runs, in nine minutes
 
 Benches: moe, infmoe, decode, train, pool, all, gpu_check. Two ways to compute one thing are compared before they are timed: one
 that disagrees prints no speed. Tables go to the screen, and as JSON with hardware, versions and shapes into --out.
@@ -30,8 +30,8 @@ import torch.nn.functional as F
 import kernels
 import moe
 from configurator import fail, parse
-from machine import flops_per_token, keep_memory, peak_flops, pick_compile, pick_dtype
 from model import GPT, ModelConfig
+from support.machine import flops_per_token, keep_memory, peak_flops, pick_compile, pick_dtype
 from train import TrainConfig
 
 
@@ -104,7 +104,7 @@ class Table:
         folder = Path(self.config.out)
         folder.mkdir(parents=True, exist_ok=True)
         record = dict(bench=self.name, hardware=describe(self.device), torch=torch.__version__, triton=triton_version(),
-                      threads=torch.get_num_threads(), command=" ".join(["python bench.py", *sys.argv[1:]]),
+                      threads=torch.get_num_threads(), command=" ".join(["python -m lab.bench", *sys.argv[1:]]),
                       date=time.strftime("%Y-%m-%d"), rows=self.rows)
         with open(folder / f"{self.name}.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 import kernels
-from machine import PEAK_FLOPS, accumulation_steps, flops_per_token, peak_flops, pick_device
 from model import GPT
-from prepare_data import ShardReader
+from support.machine import PEAK_FLOPS, accumulation_steps, flops_per_token, peak_flops, pick_device
+from support.shards import ShardReader
 
 NOT_KEPT = ("out_dir", "init_from", "overwrite", "plan", "quiet")  # settings that a resumed run does not inherit
 

@@ -1,9 +1,9 @@
 """Zero-shot benchmarks through lm-evaluation-harness, for our checkpoints and for transformers' models.
 
-    python evaluate.py --out_dir=out/x --tasks=arc_easy,hellaswag
-    python evaluate.py --tasks=unipool                       # that paper's tasks; newest checkpoint under out/; also infmoe
-    python evaluate.py --tasks=mine --include_path=tasks     # a YAML task of your own in folder tasks, no network needed
-    python evaluate.py --out_dir=out/x --samples=8           # infmoe with another K
+    python -m lab.evaluate --out_dir=out/x --tasks=arc_easy,hellaswag
+    python -m lab.evaluate --tasks=unipool                       # that paper's tasks; newest checkpoint under out/; also infmoe
+    python -m lab.evaluate --tasks=mine --include_path=tasks     # a YAML task of your own in folder tasks, no network needed
+    python -m lab.evaluate --out_dir=out/x --samples=8           # infmoe with another K
 
 The harness sees `Scorer`: contexts of one length run together, each only once, and its key-value cache serves all of its
 continuations. A score is the log-likelihood that transformers' own HFLM gives to the same weights.
@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 from configurator import fail, nearest, parse
-from machine import newest_run, pick_device
 from model import GPT, KVCache, ModelConfig, load_checkpoint
-from prepare_data import get_tokenizer
+from support.machine import newest_run, pick_device
+from support.tokenizer import get_tokenizer
 
 PRESETS = {
     "unipool": "arc_easy,arc_challenge,piqa,hellaswag,winogrande,lambada_openai,race",

@@ -1,9 +1,9 @@
 """Do the papers' claims hold at a scale anyone can run? Runs with seeds, matched budgets, and a report made from their records.
 
-    python reproduce.py --list                       # what there is to run, and what is done
-    python reproduce.py --only=a,b --seeds=1,2,3     # the runs of claims a and b
-    python reproduce.py --minutes=60 --jobs=2        # as many as fit, two at a time; the rest resumes next time
-    python reproduce.py --report                     # results/claims.md and its figures from results/runs/, in seconds
+    python -m lab.reproduce --list                       # what there is to run, and what is done
+    python -m lab.reproduce --only=a,b --seeds=1,2,3     # the runs of claims a and b
+    python -m lab.reproduce --minutes=60 --jobs=2        # as many as fit, two at a time; the rest resumes next time
+    python -m lab.reproduce --report                     # results/claims.md and its figures from results/runs/, in seconds
 
 A run is train.py's own, in a folder under out/; its record is one small file in results/runs/. Finished runs are skipped,
 interrupted ones resumed, and records or checkpoints of other settings than the table's count for nothing. While
@@ -333,7 +333,7 @@ def measure(model, settings, folder, claims):
     import torch
 
     import moe
-    from prepare_data import ShardReader
+    from support.shards import ShardReader
     if not claims or settings["flavour"] == "dense":
         return {}
     reader = ShardReader(settings["dataset"], "val", model.config.block_size)
@@ -443,7 +443,8 @@ def claims_of(text):
 
 def make_data(dataset):
     """The text of a run, where it is not there yet: the library's or the packages' source, or the packages' docstrings."""
-    from prepare_data import DataConfig, list_files, load_meta, prepare
+    from prepare_data import DataConfig, list_files, prepare
+    from support.shards import load_meta
     with contextlib.suppress(FileNotFoundError):
         return load_meta(dataset)
     name = source = Path(dataset).name
@@ -534,7 +535,7 @@ def timing():
 
 def start_child(config, name, seed):
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
-    words = [sys.executable, __file__, f"--child={name}", f"--seeds={seed}", f"--size={config.size}"]
+    words = [sys.executable, "-m", "lab.reproduce", f"--child={name}", f"--seeds={seed}", f"--size={config.size}"]
     return subprocess.Popen(words, env=environment)
 
 
@@ -674,13 +675,13 @@ def report(size):
     """results/claims.md (claims-gpu.md) and figures, from the records alone."""
     records = load_records(size)
     if not records:
-        raise ValueError(f"no records of size {size} in results/runs: run some first: python reproduce.py --only=a --seeds=1")
+        raise ValueError(f"no records of size {size} in results/runs: run some first: python -m lab.reproduce --only=a --seeds=1")
     done = [name for name in RUNS if any(n == name for n, _ in records)]
     machines = sorted({f"{r['hardware']}, torch {r['torch']}" for r in records.values()})
     commits = sorted({r["commit"] for r in records.values()})
     base, common, suffix = SIZES[size], common_spread(records), "" if size == "cpu" else f"-{size}"
     lines = [f"# What holds at {size} size", "",
-             f"Written by `python reproduce.py --report --size={size}` from results/runs/. {base['arch']} blocks, "
+             f"Written by `python -m lab.reproduce --report --size={size}` from results/runs/. {base['arch']} blocks, "
              f"{base['n_layer']} layers (12 where it says so), width {base['d_model']}, context {base['block_size']}, "
              f"{base['dataset']}; loss in nats per {'byte' if size == 'cpu' else 'token'}, {base['eval_tokens']:,} of them. "
              f"{len(records)} runs on {'; '.join(machines)}; commits {', '.join(commits)}.", "",

@@ -1,0 +1,1 @@
+"""Bench, reproduction, zero-shot evaluation: run as `python -m lab.reproduce`."""

@@ -1,0 +1,1 @@
+"""Plumbing that a reader may skip: what the scripts stand on."""

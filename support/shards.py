@@ -1,0 +1,174 @@
+"""The shard format (llm.c's and modded-nanogpt's), and the reader that training batches come from.
+
+A shard is 256 little-endian int32 (20240520, 1, token count, zeros), then uint16 tokens.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+SOURCES = ("stdlib", "packages", "fineweb", "fineweb-edu", "pile", "pretokenized")  # what prepare_data.py knows by name
+
+
+# ---- 2. the shard format
+
+
+def atomic_write(path, *chunks):
+    """Write a file that is either whole or not there: another name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        for chunk in chunks:
+            f.write(chunk)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_shard(path, tokens):
+    """tokens: integers < 2**16, at most 2**31 - 1 of them. -> {"tokens": count, "sha256": of the file}"""
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    atomic_write(path, header.tobytes(), np.ascontiguousarray(tokens, "<u2").data)
+    return {"tokens": len(tokens), "sha256": file_sha256(path)}
+
+
+def count_tokens(f):
+    """The token count of a shard, open for reading; a ValueError names the file if it is not a whole shard."""
+    header, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
+    if len(header) < HEADER_BYTES:
+        raise ValueError(f"{f.name}: truncated, its {size} bytes are less than a shard's header")
+    magic, version, count = np.frombuffer(header, "<i4")[:3].tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise ValueError(f"{f.name}: not a token shard (starts with {magic}, {version}; expected {MAGIC}, {VERSION})")
+    if size != HEADER_BYTES + 2 * count:
+        state = "truncated" if size < HEADER_BYTES + 2 * count else "damaged"
+        raise ValueError(f"{f.name}: {state}, {count} tokens in its header, {(size - HEADER_BYTES) / 2:.15g} in the file")
+    return count
+
+
+def shard_length(path):
+    with open(path, "rb") as f:
+        return count_tokens(f)
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- 3. reading
+
+
+def load_meta(folder):
+    """meta.json of a prepared folder; one without it that holds llm.c's fineweb_train_*.bin is taken for GPT-2's tokens."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        return meta | {"tokenizer": str(meta["tokenizer"]), "vocab_size": int(meta["vocab_size"])}
+    except FileNotFoundError:
+        if any(not path.name.startswith("train") for path in shard_paths(folder, "train")):
+            return {"tokenizer": "gpt2", "vocab_size": 50257}
+        raise FileNotFoundError(f"no data in '{folder}': {making_of(folder)}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / 'meta.json'}: damaged ({error!r}); {making_of(folder)} --overwrite") from None
+
+
+def making_of(folder):
+    """The command that makes `folder`, as far as its name tells."""
+    source, _, tokenizer = folder.name.partition("_")
+    source = source if source in SOURCES else "stdlib"
+    options = " --tokenizer=gpt2" if tokenizer == "gpt2" else ""
+    state = "its preparation has not finished, " if unfinished(folder).is_dir() else ""
+    return f"{state}run: python prepare_data.py {source}{options} --out_dir={folder}"
+
+
+def unfinished(folder):
+    return folder.with_name(folder.name + ".unfinished")
+
+
+def shard_paths(folder, split):
+    """train_000000.bin, ..., or as others name them: fineweb_train_000001.bin, ..."""
+    return sorted(path for path in Path(folder).glob("*.bin") if is_shard(path.name, split))
+
+
+def is_shard(name, split):
+    return re.search(rf"(^|_)({split})_\d+\.bin$", name) is not None
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(n, *key):
+    """A permutation of range(n) that depends on `key` only. Raw Philox bits are the same in every version of numpy."""
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(n).argsort(kind="stable")
+
+
+class ShardReader:
+    """Windows of block_size + 1 tokens from the shards of one split of a folder.
+
+    Windows lie at a stride of block_size (the last token of one is the first of the next), and none crosses a shard.
+    Nothing is kept open or in memory: each read is checked against the file as it is then, so a shard that is deleted or cut
+    short during training is a ValueError with its name (a memory map would be a SIGBUS), and workers may fork.
+    """
+
+    def __init__(self, folder, split, block_size, vocab_size=None, seed=0):
+        self.folder, self.block_size, self.vocab_size, self.seed = folder, block_size, vocab_size, seed % 2**64
+        load_meta(folder)
+        self.paths = shard_paths(folder, split)
+        if not self.paths:
+            raise FileNotFoundError(f"no {split} shards in {folder}: {making_of(Path(folder))} --overwrite")
+        self.counts = [shard_length(path) for path in self.paths]
+        self.windows = np.array([max(0, count - 1) // block_size for count in self.counts])  # (shards,)
+        self.n_tokens, self.n_windows = sum(self.counts), int(self.windows.sum())
+        if not self.n_windows:
+            raise ValueError(f"{folder}: {self.n_tokens} {split} tokens hold no window of block_size + 1 = {block_size + 1}")
+
+    def batch(self, first, n):
+        """Windows first .. first + n - 1 of the endless shuffled stream. -> (n, block_size + 1) int64
+
+        Position p is in epoch p // n_windows. An epoch is a permutation of all windows (shards shuffled, then the windows
+        of each) and a pure function of (seed, epoch): resuming needs only the position, and ranks that take disjoint
+        positions share no window within an epoch.
+        """
+        return self.gather(first, n, shuffled)
+
+    def sequential(self, first, n):
+        """Windows first .. first + n - 1 in file order, for validation. -> (n, block_size + 1) int64"""
+        if first + n > self.n_windows:
+            raise ValueError(f"{self.folder}: windows up to {first + n} asked for, {self.n_windows} there")
+        return self.gather(first, n, lambda n, *key: np.arange(n))
+
+    def gather(self, first, n, permutation):
+        out, done = np.empty((n, self.block_size + 1), np.int64), 0
+        while done < n:  # one run of windows from one shard at a time
+            epoch, position = divmod(first + done, self.n_windows)
+            order = permutation(len(self.paths), self.seed, epoch)
+            ends = np.cumsum(self.windows[order])
+            turn = int(np.searchsorted(ends, position, side="right"))
+            shard, begin = int(order[turn]), position - int(ends[turn - 1] if turn else 0)
+            windows = permutation(int(self.windows[shard]), self.seed, epoch, shard)[begin : begin + n - done]
+            self.read(shard, windows, out[done : done + len(windows)])
+            done += len(windows)
+        return out
+
+    def read(self, shard, windows, out):
+        """Fill out (len(windows), block_size + 1) from one shard."""
+        path, width = self.paths[shard], self.block_size + 1
+        try:
+            with open(path, "rb") as f:
+                if count_tokens(f) != self.counts[shard]:
+                    raise ValueError(f"{path}: changed while it was in use")
+                for row, window in zip(out, windows.tolist()):
+                    data = os.pread(f.fileno(), 2 * width, HEADER_BYTES + 2 * window * self.block_size)
+                    row[:] = np.frombuffer(data, "<u2", width)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: vanished while it was in use") from None
+        if self.vocab_size is not None and out.max() >= self.vocab_size:
+            raise ValueError(f"{path}: token id {out.max()} is beyond the vocabulary of {self.vocab_size}")
