@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+import moe
 from model import GPT, ModelConfig
+from support.deep import CodeRouter
 
 SMALL = dict(n_layer=2, n_head=2, d_model=16, d_ff=32, block_size=16, vocab_size=257)  # widths that grouped_mm accepts
 
@@ -38,6 +40,24 @@ def build(seed=0, std=0.2, **overrides):
     """A small model whose weights are large enough that routing differs between tokens and errors show."""
     torch.manual_seed(seed)
     return GPT(small(**{"init_std": std, **overrides}))
+
+
+def initialise(module, *stds):
+    """Draw the weights of a part by itself, as GPT.init_weights does."""
+    for part in module.modules():
+        if hasattr(part, "init_weights"):
+            part.init_weights(*stds)
+    return module
+
+
+def code_router(d_model, dz, n_samples, rates, z="independent", mean_from=None, mean=False,
+                layer=0, **options):
+    """A CodeRouter over Gaussian densities, as model.py makes it."""
+    def density(i, extra, is_mean):
+        return moe.GaussianRouter(d_model + extra, dz, n_samples, mean=is_mean,
+                                  stream=layer * len(rates) + i, **options)
+
+    return CodeRouter(density, dz, n_samples, rates, z, 0 if mean else mean_from)
 
 
 def random_tokens(batch, length, vocab_size=257, seed=0):

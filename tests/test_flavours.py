@@ -54,8 +54,8 @@ def poisoned():
 def send_everybody_to(model, ids):
     """Every token to the same experts, with the gates that the router gives them."""
     for layer, _ in moe_of(model):
-        def forward(x, keys=None, *, original=layer.router.forward):
-            r = original(x, keys)
+        def forward(x, *args, original=layer.router.forward):
+            r = original(x, *args)
             chosen = torch.tensor(ids).expand(len(x), -1)
             return moe.Routing(r.scores.gather(1, chosen), chosen, r.scores, r.logits)
         layer.router.forward = forward

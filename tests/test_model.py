@@ -32,7 +32,9 @@ from torch import nn
 
 import model as model_file
 import moe
-from model import GPT, ModelConfig, load_checkpoint, sample_token
+from model import GPT, ModelConfig, load_checkpoint
+from support import decoding, noise
+from support.decoding import sample_token
 
 FIELDS = [f.name for f in dataclasses.fields(ModelConfig)]
 
@@ -422,7 +424,7 @@ def literal_ffn(xs, model, i, keys):
 
 def literal_gpt(model, tokens, noise_key=0):
     """tokens (S,) -> logits (S, V)."""
-    c, keys = model.config, moe.token_keys(torch.tensor([noise_key]), torch.arange(len(tokens)))
+    c, keys = model.config, noise.noise_seeds(torch.tensor([noise_key]), torch.arange(len(tokens)))
     xs = [model.wte.weight[t] + (model.wpe.weight[i] if c.arch == "gpt2" else 0) for i, t in enumerate(tokens)]
     for i, block in enumerate(model.blocks):
         attended = literal_attention([literal_norm(x, block.norm1, c.norm_eps) for x in xs], block.attention, c)
@@ -533,7 +535,7 @@ def test_too_many_positions_are_refused():
     model = build().eval()
     with pytest.raises(ValueError, match=r"17 positions .* block_size=16"):
         model(random_tokens(1, 17))
-    cache = model_file.KVCache(model.config, 1, "cpu", torch.float32)
+    cache = decoding.KVCache(model.config, 1, "cpu", torch.float32)
     model(random_tokens(1, 10), cache=cache)
     with pytest.raises(ValueError, match=r"17 positions"):
         model(random_tokens(1, 7), cache=cache)
@@ -605,7 +607,7 @@ def test_recompute_changes_nothing(name, dropout):
 def test_prefill_in_pieces_equals_one_piece(overrides, pieces):
     """A chunk behind a cache sees the cache and itself up to the diagonal; positions, rope and noise keys go on counting."""
     model, tokens = build(**overrides).double().eval(), random_tokens(2, 16)
-    cache, logits = model_file.KVCache(model.config, 2, "cpu", torch.float64), []
+    cache, logits = decoding.KVCache(model.config, 2, "cpu", torch.float64), []
     with torch.no_grad():
         for piece in tokens.split(pieces, dim=1):
             logits.append(model(piece, cache=cache).logits)
@@ -615,7 +617,7 @@ def test_prefill_in_pieces_equals_one_piece(overrides, pieces):
 
 def test_cache_holds_only_key_value_heads():
     config = small(arch="llama", n_head=4, n_kv_head=2, n_layer=3)
-    assert model_file.KVCache(config, 5, "cpu", torch.float32).k.shape == (3, 5, 2, 16, 4)
+    assert decoding.KVCache(config, 5, "cpu", torch.float32).k.shape == (3, 5, 2, 16, 4)
 
 
 @pytest.mark.parametrize("prompt", [1, 15, 16, 17, 40])  # shorter, one below, exactly, one above, far above the context
@@ -726,9 +728,9 @@ def test_routing_columns_by_hand():
     """Means over banks of the load's diagnostics; a pool's counts are added over its layers before."""
     counts = [[8, 0, 0, 0], [2, 2, 2, 2]]
     private = build(flavour="switch", n_experts=4).routing_columns(stats_of(counts, entropy=0.3))
-    assert private == pytest.approx({"balance": 2.5, "entropy": 0.3, "max_share": 2.5, "dead_share": 0.375})
+    assert private == pytest.approx({"imbalance": 2.5, "entropy": 0.3, "max_share": 2.5, "dead_share": 0.375})
     pooled = build(flavour="unipool", n_experts=4).routing_columns(stats_of(counts, entropy=0.3))  # [10, 2, 2, 2] of 16
-    assert pooled == pytest.approx({"balance": 4 * 112 / 256, "entropy": 0.3, "max_share": 2.5, "dead_share": 0})
+    assert pooled == pytest.approx({"imbalance": 4 * 112 / 256, "entropy": 0.3, "max_share": 2.5, "dead_share": 0})
 
 
 @pytest.mark.parametrize("overrides", [
@@ -904,7 +906,7 @@ def test_missing_checkpoint_names_the_command(tmp_path):
 def test_plain_attention_is_torchs(shape):
     """What a CPU uses in bf16: outputs and gradients of torch's fused attention, in float64."""
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    ours, fused = model_file.causal_attention(*inputs), F.scaled_dot_product_attention(*inputs, is_causal=True)
+    ours, fused = model_file.plain_attention(*inputs), F.scaled_dot_product_attention(*inputs, is_causal=True)
     assert torch.allclose(ours, fused, atol=1e-6)  # scores are fp32
     grad = torch.randn(shape, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(fused, inputs, grad)):
@@ -916,8 +918,8 @@ def test_bf16_on_a_cpu_takes_plain_attention_up_to_512_tokens(monkeypatch, lengt
     gpt = GPT(ModelConfig(n_layer=1, n_head=2, d_model=16, block_size=513, vocab_size=20))
     tokens, called = torch.randint(20, (1, length)), []
     exact = gpt(tokens).logits
-    honest = model_file.causal_attention
-    monkeypatch.setattr(model_file, "causal_attention", lambda *a: called.append(1) or honest(*a))
+    honest = model_file.plain_attention
+    monkeypatch.setattr(model_file, "plain_attention", lambda *a: called.append(1) or honest(*a))
     with torch.autocast("cpu", torch.bfloat16):
         logits = gpt(tokens).logits
     assert bool(called) == plain and (logits - exact).norm() < 0.02 * exact.norm()

@@ -10,12 +10,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_helpers import literal_activation, literal_continuous, literal_mask, literal_moe
+from moe_helpers import code_router, initialise, literal_activation, literal_continuous, literal_mask, literal_moe
 from torch import nn
 from torch.autograd import gradcheck
 
 import kernels
+import losses
 import moe
+from support import noise
 
 T, D, E, K, WIDTH = 7, 5, 6, 3, 4  # tokens, model width, experts, choices, expert width: all different, none aligned
 
@@ -26,8 +28,7 @@ def normal(*shape, seed=1, dtype=torch.float64):
 
 def make(module, std=0.7):
     """A module in float64 with weights large enough that nothing is nearly zero."""
-    args = (std, std) if isinstance(module, (moe.FFN, moe.ExpertBank, moe.ContinuousBank)) else (std,)
-    module.init_weights(*args)
+    initialise(module, std, std)
     for p in module.parameters():  # also biases, logvar, sigma: a zero or a one hides a missing term
         if p.ndim == 1 or not p.any():
             nn.init.normal_(p, mean=0.3, std=0.3)
@@ -243,12 +244,12 @@ def test_norm_router_survives_tokens_without_positive_logits(logits):
     expected = sorted((router.c * max(0, z) / (norm + 1e-8) for z in logits), reverse=True)[:K]
     assert routing.weights[0].tolist() == pytest.approx(expected, abs=1e-12)
     assert len(set(routing.ids[0].tolist())) == K
-    assert moe.expert_counts(routing.ids, E).sum() == 2 * K  # zero gates count in f like the others
-    for scores in (routing.scores, moe.normalise_scores(routing.scores)):
+    assert losses.expert_counts(routing.ids, E).sum() == 2 * K  # zero gates count in f like the others
+    for scores in (routing.scores, losses.normalise_scores(routing.scores)):
         x.grad = router.weight.grad = None
-        (routing.weights.sum() + moe.load_balance_loss(scores, moe.expert_counts(routing.ids, E))).backward(retain_graph=True)
+        (routing.weights.sum() + moe.load_balance_loss(scores, losses.expert_counts(routing.ids, E))).backward(retain_graph=True)
         assert x.grad.isfinite().all() and router.weight.grad.isfinite().all() and router.sigma.grad.isfinite().all()
-    assert moe.routing_entropy(routing.scores).isfinite()
+    assert losses.routing_entropy(routing.scores).isfinite()
 
 
 def test_norm_router_ignores_the_scale_of_its_input():
@@ -328,7 +329,7 @@ def correlation(a, b):
     return ((a * b).sum() / (a.norm() * b.norm())).item() * math.sqrt(len(a))  # in standard errors
 
 
-KEYS = moe.token_keys(torch.arange(64) + 1000, torch.arange(64))  # 64 sequences of 64 positions
+KEYS = noise.noise_seeds(torch.arange(64) + 1000, torch.arange(64))  # 64 sequences of 64 positions
 
 
 def test_kolmogorov_smirnov_can_fail():
@@ -341,7 +342,7 @@ def test_kolmogorov_smirnov_can_fail():
 
 
 def test_uniform_noise_is_uniform():
-    u = moe.uniform_noise(KEYS, 3, 16)
+    u = noise.uniform_noise(KEYS, 3, 16)
     assert u.shape == (4096, 16) and u.dtype == torch.float32 and u.min() > 0 and u.max() < 1  # log(u), log(-log(u)) are finite
     assert kolmogorov_smirnov(u.flatten(), lambda x: x) < 1.95
     for bit in range(1, 9):  # the leading bits, each a fair coin
@@ -354,7 +355,7 @@ TOPMOST = torch.tensor([269198])  # with stream 1, number 3 has all of its 24 bi
 
 def test_uniform_noise_stays_below_one():
     """float32 rounds 2^24 - 1/2 up to 2^24; -log(-log(1)) would be Gumbel noise without end."""
-    u = moe.uniform_noise(TOPMOST, 1, 4)
+    u = noise.uniform_noise(TOPMOST, 1, 4)
     assert u[0, 3] == 1 - 2.0**-24 and (u < 1).all()
 
 
@@ -367,7 +368,7 @@ def test_a_mixture_survives_the_topmost_noise():
 
 @pytest.mark.parametrize("n", [1, 2, 7, 16])  # odd counts: Box-Muller makes pairs
 def test_normal_noise_is_standard_normal(n):
-    g = moe.normal_noise(KEYS, 5, n)
+    g = noise.normal_noise(KEYS, 5, n)
     assert g.shape == (4096, n) and g.isfinite().all()
     flat, count = g.flatten().double(), g.numel()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
@@ -378,14 +379,14 @@ def test_normal_noise_is_standard_normal(n):
 
 
 def test_noise_is_independent_over_keys_positions_streams_and_components():
-    g = moe.normal_noise(KEYS, 5, 8)  # (B*S, 8)
+    g = noise.normal_noise(KEYS, 5, 8)  # (B*S, 8)
     grid = g.view(64, 64, 8)
     pairs = {
         "components": (g[:, 0], g[:, 1]), "halves": (g[:, 0], g[:, 4]), "neighbours": (g[:, 2], g[:, 3]),
         "positions": (grid[:, :-1].flatten(), grid[:, 1:].flatten()), "keys": (grid[:-1].flatten(), grid[1:].flatten()),
-        "streams": (g.flatten(), moe.normal_noise(KEYS, 6, 8).flatten()),
-        "distant streams": (g.flatten(), moe.normal_noise(KEYS, 5 + 64, 8).flatten()),
-        "stream against component": (g[:, 1:].flatten(), moe.normal_noise(KEYS, 6, 8)[:, :-1].flatten()),
+        "streams": (g.flatten(), noise.normal_noise(KEYS, 6, 8).flatten()),
+        "distant streams": (g.flatten(), noise.normal_noise(KEYS, 5 + 64, 8).flatten()),
+        "stream against component": (g[:, 1:].flatten(), noise.normal_noise(KEYS, 6, 8)[:, :-1].flatten()),
         "key against position": (grid[:-1, 1:].flatten(), grid[1:, :-1].flatten()),
     }
     for name, (a, b) in pairs.items():
@@ -399,31 +400,31 @@ def test_noise_is_independent_over_keys_positions_streams_and_components():
     (0, 1), (0, 2**32), (5, 5 + 2**32), (-1, 2**32 - 1), (2**62, 2**62 + 2**40), (0, -(2**63)),
 ])
 def test_all_64_bits_of_a_key_count(first, second):
-    a, b = (moe.token_keys(torch.tensor([key]), torch.arange(512)) for key in (first, second))
+    a, b = (noise.noise_seeds(torch.tensor([key]), torch.arange(512)) for key in (first, second))
     assert (a == b).double().mean() < 0.01
-    assert abs(correlation(moe.normal_noise(a, 0, 4).flatten(), moe.normal_noise(b, 0, 4).flatten())) < 4
+    assert abs(correlation(noise.normal_noise(a, 0, 4).flatten(), noise.normal_noise(b, 0, 4).flatten())) < 4
 
 
 def test_noise_is_a_pure_function_of_its_keys():
     """Not of the batch around it, of the generator, of how many samples or components are drawn beside it."""
-    keys = moe.token_keys(torch.tensor([11, 22, 33]), torch.arange(10))
+    keys = noise.noise_seeds(torch.tensor([11, 22, 33]), torch.arange(10))
     torch.manual_seed(1)
-    all_of_it = moe.normal_noise(keys, 4, 12)
+    all_of_it = noise.normal_noise(keys, 4, 12)
     torch.manual_seed(2)
-    assert torch.equal(moe.normal_noise(moe.token_keys(torch.tensor([22]), torch.arange(4, 7)), 4, 12), all_of_it[14:17])
-    assert torch.equal(moe.normal_noise(keys, 4, 5), all_of_it[:, :5])  # K = 1 draws what K = 2 drew first
-    assert torch.equal(moe.uniform_noise(keys, 4, 5), moe.uniform_noise(keys, 4, 12)[:, :5])
-    assert torch.equal(moe.token_keys(torch.tensor([22]), torch.arange(10)), keys[10:20])
+    assert torch.equal(noise.normal_noise(noise.noise_seeds(torch.tensor([22]), torch.arange(4, 7)), 4, 12), all_of_it[14:17])
+    assert torch.equal(noise.normal_noise(keys, 4, 5), all_of_it[:, :5])  # K = 1 draws what K = 2 drew first
+    assert torch.equal(noise.uniform_noise(keys, 4, 5), noise.uniform_noise(keys, 4, 12)[:, :5])
+    assert torch.equal(noise.noise_seeds(torch.tensor([22]), torch.arange(10)), keys[10:20])
     assert not torch.equal(keys[:10], keys[10:20])
 
 
 def test_hash_is_one_to_one_and_mixes():
     values = torch.arange(100_000)
-    hashed = moe.hash32(values)
+    hashed = noise.hash32(values)
     assert hashed.unique().numel() == 100_000 and hashed.min() >= 0 and hashed.max() < 2**32
-    assert [moe.hash32(v) for v in (0, 1, 12345, 2**32 - 1)] == moe.hash32(torch.tensor([0, 1, 12345, 2**32 - 1])).tolist()
+    assert [noise.hash32(v) for v in (0, 1, 12345, 2**32 - 1)] == noise.hash32(torch.tensor([0, 1, 12345, 2**32 - 1])).tolist()
     for bit in range(17):  # avalanche: flipping one bit of the input flips each bit of the output half of the time
-        flips = moe.hash32(values ^ (1 << bit)) ^ hashed
+        flips = noise.hash32(values ^ (1 << bit)) ^ hashed
         share = torch.stack([(flips >> b & 1).double().mean() for b in range(32)])
         assert (share - 0.5).abs().max() < 0.1, bit
 
@@ -442,7 +443,7 @@ def test_gaussian_router_is_the_reparameterised_formula():
     """z = mu + exp(logvar / 2) * eps, one number at a time; sample k takes the noise k*dz .. k*dz + dz - 1."""
     router, x, keys = gaussian(), normal(T, D), torch.arange(T)
     codes = router(x[:, None], keys)
-    eps = moe.normal_noise(keys, 2 * 2, SAMPLES * DZ).double()
+    eps = noise.normal_noise(keys, 2 * 2, SAMPLES * DZ).double()
     assert codes.z.shape == (T, SAMPLES, DZ) and codes.mu.shape == codes.logvar.shape == (T, 1, DZ)
     for t, k, c in itertools.product(range(T), range(SAMPLES), range(DZ)):
         mu = (router.mu.weight[c] @ x[t] + router.mu.bias[c]).item()
@@ -500,7 +501,7 @@ def test_mixture_draws_components_with_their_probabilities():
         router.logvar.bias.copy_(torch.arange(12) / 12)
     n = 20_000
     x = normal(1, 1, D).float().expand(n, 1, D)
-    codes = router(x, moe.hash32(torch.arange(n)))
+    codes = router(x, noise.hash32(torch.arange(n)))
     means = router.mu(x[0, 0]).view(3, DZ)
     component = (codes.mu[:, 0, None] - means).abs().sum(-1).argmin(-1)
     assert torch.allclose(codes.mu[:, 0], means[component], atol=1e-6)  # hard: one component, no blend
@@ -511,7 +512,7 @@ def test_mixture_draws_components_with_their_probabilities():
     assert kolmogorov_smirnov(residual, torch.special.ndtr) < 1.95  # the component's noise is not the sample's noise
     several = moe.GaussianRouter(D, DZ, 5, n_components=3)
     several.load_state_dict(router.state_dict())
-    picks = several.component(x[:1000], moe.hash32(torch.arange(1000)))
+    picks = several.component(x[:1000], noise.hash32(torch.arange(1000)))
     assert picks.shape == (1000, 5, 3) and picks.argmax(-1).float().std(1).gt(0).any()  # a component per sample
 
 
@@ -519,7 +520,7 @@ def test_mixture_gradient_is_the_soft_choices():
     router, x, keys = gaussian(n_components=3), normal(T, 1, D), torch.arange(T)
     hard = router.component(x, keys)
     assert torch.equal(hard.sum(-1), torch.ones(T, SAMPLES, dtype=hard.dtype)) and (hard.max(-1).values - 1).abs().max() < 1e-15
-    u = moe.uniform_noise(keys, 2 * 2 + 1, SAMPLES * 3).view(T, SAMPLES, 3)
+    u = noise.uniform_noise(keys, 2 * 2 + 1, SAMPLES * 3).view(T, SAMPLES, 3)
     soft = (router.mixture(x) - torch.log(-torch.log(u))).softmax(-1)
     direction = normal(T, SAMPLES, 3, seed=7)
     a, b = (torch.autograd.grad((p * direction).sum(), router.mixture.weight)[0] for p in (hard, soft))
@@ -534,7 +535,7 @@ def test_mixture_at_its_mean_takes_the_likeliest_component():
 
 
 def codes_of(z, rates=(0.5, 0.5, 0.5), n_samples=SAMPLES, **options):
-    router = make(moe.CodeRouter(D, DZ, n_samples, rates, z, **options))
+    router = make(code_router(D, DZ, n_samples, rates, z, **options))
     return router, normal(T, D), torch.arange(T)
 
 
@@ -564,7 +565,7 @@ def test_code_router_hierarchical():
     codes = router(x, keys)
     for i in (1, 2):
         density = router.densities[str(i)]
-        eps = moe.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).view(T, SAMPLES, DZ).double()
+        eps = noise.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).view(T, SAMPLES, DZ).double()
         for t, k in itertools.product(range(T), range(SAMPLES)):
             given = torch.cat((x[t], codes[i - 1].z[t, k]))
             mu = density.mu.weight @ given + density.mu.bias
@@ -614,11 +615,11 @@ BANKS = {  # (rates, CodeRouter options, bank options)
 def test_continuous_ffn_is_k_literal_ffns(name, activation):
     """Forward and every gradient (x, W_1..W_H, W_2, W_z, mu, logvar, mixture) to 1e-6; with and without kept activations."""
     rates, density, options = BANKS[name]
-    router = make(moe.CodeRouter(D, DZ, SAMPLES, rates, **density))
+    router = make(code_router(D, DZ, SAMPLES, rates, **density))
     bank = make(moe.ContinuousBank(D, 9, DZ, rates, activation, **options))
     layer, x, keys = moe.MoE(router, bank), normal(T, D).requires_grad_(), torch.arange(T)
-    y, codes, _ = layer(x, token_keys=keys)
-    kept_y, _, acts = layer(x, token_keys=keys, keep_activations=True)
+    y, codes, _ = layer(x, noise_seeds=keys)
+    kept_y, _, acts = layer(x, noise_seeds=keys, keep_activations=True)
     expected, direction = literal_continuous(x, codes, bank), normal(T, D, seed=8)
     names = ["x", *dict(layer.named_parameters())]
     grads = [torch.autograd.grad((out * direction).sum(), [x, *layer.parameters()], retain_graph=True)
@@ -634,7 +635,7 @@ def test_continuous_ffn_is_k_literal_ffns(name, activation):
 
 def test_sum_over_samples_inside_w_out_is_not_right_for_inner_layers():
     """Why depth > 1 and pre masks do not take the short cut: averaging their masks gives another function."""
-    router, bank = make(moe.CodeRouter(D, DZ, SAMPLES, (0.5, 0.5))), make(moe.ContinuousBank(D, 9, DZ, (0.5, 0.5), "gelu"))
+    router, bank = make(code_router(D, DZ, SAMPLES, (0.5, 0.5))), make(moe.ContinuousBank(D, 9, DZ, (0.5, 0.5), "gelu"))
     x = normal(T, D)
     codes = router(x, torch.arange(T))
     h = x
@@ -692,8 +693,8 @@ def test_bank_starts_with_mask_entries_of_unit_variance():
 def test_more_samples_lower_the_estimators_variance_as_one_over_k():
     """Var of y over 400 noise keys: K = 1, 2, 4, 16 against 1/K, within 15 %; the mean stays."""
     torch.manual_seed(2)
-    router = moe.CodeRouter(8, 8, 1, (0.25,))
-    router.init_weights(0.5)
+    router = code_router(8, 8, 1, (0.25,))
+    initialise(router, 0.5)
     bank = moe.ContinuousBank(8, 64, 8, (0.25,), "gelu")
     bank.init_weights(0.5, 0.5)
     tokens, draws = 2, 400
@@ -702,7 +703,7 @@ def test_more_samples_lower_the_estimators_variance_as_one_over_k():
     with torch.no_grad():
         for n in (1, 2, 4, 16):
             router.densities["0"].n_samples = n
-            y = bank(x, router(x, moe.hash32(torch.arange(len(x)))))[0].view(tokens, draws, 8)
+            y = bank(x, router(x, noise.hash32(torch.arange(len(x)))))[0].view(tokens, draws, 8)
             variance[n], means[n] = y.var(1).mean().item(), y.mean(1)
     for n in (2, 4, 16):
         assert variance[n] * n == pytest.approx(variance[1], rel=0.15)
@@ -716,7 +717,7 @@ def test_more_samples_lower_the_estimators_variance_as_one_over_k():
 def scores_and_counts(layers, n_experts=E, seed=9):
     """Random softmax scores (T, E) and counts of their top 2, for several layers."""
     scores = [normal(T, n_experts, seed=seed + i).softmax(-1).requires_grad_() for i in range(layers)]
-    return scores, [moe.expert_counts(s.topk(2, -1).indices, n_experts) for s in scores]
+    return scores, [losses.expert_counts(s.topk(2, -1).indices, n_experts) for s in scores]
 
 
 def test_pool_loss_is_the_double_loop():
@@ -775,7 +776,7 @@ def test_norm_router_balance_constant():
         routing = router(normal(20_000, n_experts).float())
         counts = torch.ones(n_experts)
         assert moe.load_balance_loss(routing.scores, counts).item() == pytest.approx(expected, rel=0.03)
-        normalised = moe.load_balance_loss(moe.normalise_scores(routing.scores), counts).item()
+        normalised = moe.load_balance_loss(losses.normalise_scores(routing.scores), counts).item()
         assert normalised == pytest.approx(1, rel=0.01)  # tokens without a positive logit add nothing
 
 
@@ -786,7 +787,7 @@ def test_balance_gradient_reaches_every_router_and_no_expert(kind):
     routings = []
     for router in routers:
         routings.append(moe.MoE(router)(x, pool=pool)[1])
-    losses = {"pool": moe.pool_loss([r.scores for r in routings], [moe.expert_counts(r.ids, E) for r in routings]),
+    losses = {"pool": moe.pool_loss([r.scores for r in routings], [losses.expert_counts(r.ids, E) for r in routings]),
               "z": sum(moe.z_loss(r.logits) for r in routings)}
     for name, loss in losses.items():
         grads = torch.autograd.grad(loss, [r.weight for r in routers] + list(pool.parameters()), allow_unused=True,
@@ -896,12 +897,12 @@ def test_neuron_balance_is_the_literal_sum():
     for j in range(width):
         p = sum(scores[t, k].exp()[j] / scores[t, k].exp().sum() for t in range(T) for k in range(SAMPLES)) / (T * SAMPLES)
         total = total + width * counts[j].item() / 11 * p
-    loss = moe.neuron_balance_loss(scores, counts)
+    loss = losses.neuron_balance_loss(scores, counts)
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
     assert torch.allclose(*(torch.autograd.grad(v, scores)[0] for v in (loss, total)), atol=1e-7)
-    assert moe.neuron_balance_loss(torch.zeros(T, 2, 6), torch.ones(6)).item() == pytest.approx(1)
+    assert losses.neuron_balance_loss(torch.zeros(T, 2, 6), torch.ones(6)).item() == pytest.approx(1)
     peaked = torch.tensor([50.0, 0, 0, 0, 0, 0]).expand(T, 2, 6)
-    assert moe.neuron_balance_loss(peaked, torch.tensor([9.0, 0, 0, 0, 0, 0])).item() == pytest.approx(6)
+    assert losses.neuron_balance_loss(peaked, torch.tensor([9.0, 0, 0, 0, 0, 0])).item() == pytest.approx(6)
 
 
 def test_losses_are_pure_functions():
@@ -924,30 +925,30 @@ def test_losses_are_pure_functions():
 
 def test_expert_counts():
     ids = torch.tensor([[0, 2], [2, 3], [2, 0]])
-    assert moe.expert_counts(ids, 5).tolist() == [2, 0, 3, 1, 0]
-    assert moe.expert_counts(ids[:0], 2).tolist() == [0, 0]
+    assert losses.expert_counts(ids, 5).tolist() == [2, 0, 3, 1, 0]
+    assert losses.expert_counts(ids[:0], 2).tolist() == [0, 0]
 
 
 def test_load_diagnostics():
     counts = torch.tensor([[4.0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 0, 0], [0, 0, 0, 0]])  # collapse, even, half, nothing counted
-    assert moe.max_share(counts).tolist() == [4, 1, 2, 0]
-    assert moe.dead_share(counts).tolist() == [0.75, 0, 0.5, 1]
-    assert moe.imbalance(counts).tolist() == [4, 1, 2, 0]
-    assert moe.usage_entropy(counts).tolist() == pytest.approx([0, 1, 0.5, 0])
-    assert moe.shares(counts)[2].tolist() == [0.5, 0.5, 0, 0]
+    assert losses.max_share(counts).tolist() == [4, 1, 2, 0]
+    assert losses.dead_share(counts).tolist() == [0.75, 0, 0.5, 1]
+    assert losses.imbalance(counts).tolist() == [4, 1, 2, 0]
+    assert losses.usage_entropy(counts).tolist() == pytest.approx([0, 1, 0.5, 0])
+    assert losses.shares(counts)[2].tolist() == [0.5, 0.5, 0, 0]
 
 
 def test_routing_entropy():
-    assert moe.routing_entropy(torch.full((3, 8), 0.3)).item() == pytest.approx(1)  # undecided, whatever the scale
-    assert moe.routing_entropy(torch.eye(4)).item() == pytest.approx(0)
+    assert losses.routing_entropy(torch.full((3, 8), 0.3)).item() == pytest.approx(1)  # undecided, whatever the scale
+    assert losses.routing_entropy(torch.eye(4)).item() == pytest.approx(0)
     mixed = torch.tensor([[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]])
-    assert moe.routing_entropy(mixed).item() == pytest.approx((0.5 + 0) / 2)
-    assert moe.routing_entropy(torch.zeros(2, 4)).item() == 0  # NormRouter, all logits negative
+    assert losses.routing_entropy(mixed).item() == pytest.approx((0.5 + 0) / 2)
+    assert losses.routing_entropy(torch.zeros(2, 4)).item() == 0  # NormRouter, all logits negative
 
 
 def test_entropies_of_a_single_expert_are_zero_not_nan():
-    assert moe.routing_entropy(torch.ones(3, 1)).item() == 0
-    assert moe.usage_entropy(torch.ones(2, 1)).tolist() == [0, 0]
+    assert losses.routing_entropy(torch.ones(3, 1)).item() == 0
+    assert losses.usage_entropy(torch.ones(2, 1)).tolist() == [0, 0]
 
 
 def test_paths():
@@ -957,27 +958,27 @@ def test_paths():
     for e, v in zip(ids.tolist(), following.tolist()):
         for i, j in itertools.product(e, v):
             expected[i, j] += 1
-    assert torch.equal(moe.path_counts(ids, following, 3), expected)
+    assert torch.equal(losses.path_counts(ids, following, 3), expected)
     # first choices: 0->2, 0->2, 0->1, 1->0. The most frequent successor of 0 is 2 (2 of 3), of 1 is 0 (1 of 1).
-    assert moe.path_consistency(ids, following, 3).item() == pytest.approx(3 / 4)
+    assert losses.path_consistency(ids, following, 3).item() == pytest.approx(3 / 4)
 
 
 def test_unique_experts():
     """UniPool's figure: distinct experts per token over depth, over L*K."""
     ids = torch.tensor([[[0], [1]], [[3], [2]], [[0], [3]], [[3], [4]]])  # L = 4, T = 2: {0, 3}, met in turns, and {1, 2, 3, 4}
-    assert moe.unique_experts(ids).item() == pytest.approx((2 / 4 + 4 / 4) / 2)
-    assert moe.unique_experts(torch.tensor([[[0, 1]], [[1, 2]]])).item() == pytest.approx(3 / 4)  # top-2: {0, 1, 2} of 4
+    assert losses.unique_experts(ids).item() == pytest.approx((2 / 4 + 4 / 4) / 2)
+    assert losses.unique_experts(torch.tensor([[[0, 1]], [[1, 2]]])).item() == pytest.approx(3 / 4)  # top-2: {0, 1, 2} of 4
 
 
 def test_overlap():
     a = torch.tensor([[[1.0, 0], [0, 1]], [[1, 0], [-2, 0]]])  # orthogonal; opposite
-    assert moe.overlap(a).item() == pytest.approx(0.5)
-    assert moe.pair_cosines(normal(T, 4, 3)).shape == (T, 6)
+    assert losses.overlap(a).item() == pytest.approx(0.5)
+    assert losses.pair_cosines(normal(T, 4, 3)).shape == (T, 6)
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5])  # up to 4: sums of products; 5: matrix products
 def test_pair_cosines_in_a_compiled_graph(k):
     a = normal(T, k, 7).requires_grad_()
-    compiled = torch.compile(moe.pair_cosines, backend="aot_eager")
-    results = [(cos := f(a), *torch.autograd.grad(cos.square().sum(), a)) for f in (moe.pair_cosines, compiled)]
+    compiled = torch.compile(losses.pair_cosines, backend="aot_eager")
+    results = [(cos := f(a), *torch.autograd.grad(cos.square().sum(), a)) for f in (losses.pair_cosines, compiled)]
     assert all(torch.allclose(x, y, rtol=1e-12, atol=1e-14) for x, y in zip(*results))

@@ -1,0 +1,50 @@
+"""Codes for continuous FFNs of several hidden layers: an extension of infinity-MoE [ours].
+
+The paper has one hidden layer and one code. Extensions of section 7.3 of a published reading of
+the paper ask how codes of a deep FFN relate; with H = 1 everything here is the paper's.
+"""
+import torch
+from torch import nn
+
+
+class CodeRouter(nn.Module):
+    """The codes of all H hidden layers of a continuous FFN.
+
+    make_density(i, extra, mean): a router of hidden layer i whose input is wider by extra.
+    rates: N per hidden layer; a layer of rate None has no mask and needs no code.
+    z "independent": a router per hidden layer. "shared": one z, read by each layer's own W_z.
+    "hierarchical": the next density sees the previous z, z_{i+1} ~ N(mu_i(x, z_i), Sigma_i(x, z_i)):
+    coarse to fine. Hidden layers from mean_from on use z = mu.
+    """
+
+    def __init__(self, make_density, dz, n_samples, rates, z="independent", mean_from=None):
+        super().__init__()
+        self.rates, self.z, self.n_samples = rates, z, n_samples
+        self.mean_from = len(rates) if mean_from is None else mean_from
+        self.masked = [i for i, rate in enumerate(rates) if rate is not None]
+        self.densities = nn.ModuleDict()
+        for i in self.masked[:1] if z == "shared" else self.masked:
+            extra = dz if z == "hierarchical" and i != self.masked[0] else 0
+            self.densities[str(i)] = make_density(i, extra, i >= self.mean_from)
+
+    @property
+    def n_choices(self) -> list[int]:
+        """Masks that a token has in each hidden layer: one per sample, or one where z = mu."""
+        if self.z == "hierarchical":  # all codes depend on the first
+            return [self.n_samples if self.masked[0] < self.mean_from else 1] * len(self.rates)
+        return [self.n_samples if i < self.mean_from else 1 for i in range(len(self.rates))]
+
+    def forward(self, x, noise_seeds, token_ids=None):
+        """x (T, D), noise_seeds (T,) -> a tuple of H Codes, None where the layer is dense."""
+        codes, last = [None] * len(self.rates), None
+        x = x[:, None, :]  # (T, 1, D)
+        for i in self.masked:
+            if last is None or self.z == "independent":
+                last = self.densities[str(i)](x, noise_seeds)
+            elif self.z == "hierarchical":
+                wide = x.expand(-1, last.z.shape[1], -1).to(last.z.dtype)  # (T, K, D)
+                last = self.densities[str(i)](torch.cat((wide, last.z), dim=-1), noise_seeds)
+            elif i >= self.mean_from:
+                last = last._replace(z=last.mu)
+            codes[i] = last
+        return tuple(codes)
