@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import losses
 import moe
-from support import rules
+from support import auxiliary, rules
 from support.decoding import KVCache, sample_token
 from support.deep import CodeRouter
 from support.noise import noise_seeds
@@ -389,7 +388,8 @@ class GPT(nn.Module):
         logits, loss = self._loss(self.norm(x), targets, learn)
         aux, stats = {}, {}
         if learn and routings:
-            aux, stats = self._routing_losses(routings, activations)
+            aux, stats = auxiliary.losses_and_statistics(
+                c, self.expert_layers(), routings, activations, self.paths)
         return Output(logits, loss, aux, stats, routings if return_routings else [])
 
     def _blocks(self, x, rope, seeds, token_ids, cache, keep_activations):
@@ -416,104 +416,17 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-100)
         return (None if learn else logits), loss
 
-    # ---- what the routers said, turned into losses and statistics
-
-    def _routing_losses(self, routings, activations):
-        """Weighted auxiliary losses, and additive statistics.
-
-        Balance losses and z-loss are summed over layers (or pools), as in Switch and Megatron;
-        specialization and coupling are means over layers: their weight does not grow with depth.
-        """
-        c = self.config
-        if c.flavour == "infmoe":
-            aux, stats = self._continuous_losses(routings)
-        else:
-            aux, stats = self._discrete_losses(routings)
-        if c.specialization_coef:
-            per_layer = torch.stack([losses.specialization_loss(a) for a in activations])
-            aux["specialization"] = c.specialization_coef * per_layer.mean()
-        return aux, stats
-
-    def _discrete_losses(self, routings):
-        c, aux, n = self.config, {}, self.config.n_experts
-        counts = torch.stack([losses.expert_counts(r.ids, n) for r in routings])  # (L, E)
-        entropy = torch.stack([losses.routing_entropy(r.scores.detach()) for r in routings])  # (L,)
-        tokens = counts.new_full((1,), routings[0].ids.shape[0])
-        stats = {"counts": counts, "entropy": entropy * tokens, "tokens": tokens}
-        if c.balance in losses.BALANCES and c.balance_coef:
-            aux["balance"] = c.balance_coef * self._balance_loss(routings, counts)
-        if c.z_coef:
-            aux["z"] = c.z_coef * sum(losses.z_loss(r.logits) for r in routings)
-        if c.coupling_coef:
-            pairs = list(zip(routings, routings[1:]))
-            paths = [None] * len(pairs) if self.paths is None else self.paths
-            terms = [losses.coupling_loss(a.scores, a.ids, b.scores, b.ids, p)
-                     for (a, b), p in zip(pairs, paths)]
-            aux["coupling"] = c.coupling_coef * torch.stack(terms).mean()
-            if self.paths is not None:
-                followed = [losses.path_counts(a.ids, b.ids, n) for a, b in pairs]
-                stats["paths"] = torch.stack(followed)  # (L-1, E, E)
-        return aux, stats
-
-    def _balance_loss(self, routings, counts):
-        """The sum over layers (balance=layer) or banks; counts (L, E) are summed over ranks."""
-        c, scores = self.config, [r.scores for r in routings]
-        if c.balance_scores == "normalised":
-            scores = [losses.normalise_scores(s) for s in scores]
-        together = 1  # layers that are balanced together
-        if c.balance != "layer" and c.pool_groups:
-            together = len(routings) // c.pool_groups
-        groups = zip(chunks(scores, together), chunks(sum_over_ranks(counts).unbind(), together))
-        return sum(losses.BALANCES[c.balance](s, n) for s, n in groups)
-
-    def _continuous_losses(self, routings):
-        """Without a balance loss the statistics look at 256 tokens at most: masks cost time."""
-        c, aux = self.config, {}
-        if c.balance == "none":
-            tokens = next(code for code in routings[0] if code is not None).z.shape[0]
-            step = -(-tokens // 256) | 1  # odd: an even one meets the same positions again and again
-            routings = [every_nth(codes, step) for codes in routings]
-        layers = zip(self.expert_layers(), routings)
-        usage = [u for (_, bank), codes in layers for u in bank.usage(codes)]  # scores, counts
-        counts = torch.stack([n for _, n in usage])  # (L * masks, F)
-        if c.balance == "layer" and c.balance_coef:
-            pairs = zip((s for s, _ in usage), sum_over_ranks(counts))
-            loss = sum(losses.neuron_balance_loss(s, n) for s, n in pairs)
-            aux["balance"] = c.balance_coef * loss
-        codes = [code for codes in routings for code in codes if code is not None]
-        with torch.no_grad():
-            mu = torch.stack([code.mu.float().mean(1) for code in codes])  # (codes, T, dz)
-            sigma = [(code.logvar.float() / 2).exp().mean() for code in codes]
-            stats = {"counts": counts, "tokens": counts.new_full((1,), mu.shape[1]),
-                     "sigma": torch.stack(sigma) * mu.shape[1], "mu": mu.sum(1),
-                     "mu_squared": mu.square().sum(1)}
-        return aux, stats
-
     @torch.no_grad()
     def update_balance(self, stats: dict) -> None:
         """Move the state that outlives a step: selection biases and path estimates.
 
         Once per optimizer step; stats: summed over its micro-steps and ranks.
         """
-        c = self.config
-        if c.balance == "bias":  # layers that share a pool are balanced together [ours]
-            load = per_bank(stats["counts"], c.pool_groups)  # (banks, E)
-            layers = self.expert_layers()
-            for i, (layer, _) in enumerate(layers):
-                layer.router.update_bias(load[i * len(load) // len(layers)], c.balance_coef)
-        if self.paths is not None:
-            n = stats["paths"]
-            seen = n.sum(-1, keepdim=True)  # (L-1, E, 1); rows of idle experts stay as they are
-            moved = self.paths.lerp(n / seen.clamp_min(1), 0.1)
-            self.paths.copy_(torch.where(seen > 0, moved, self.paths))
+        auxiliary.update_balance(self.config, self.expert_layers(), self.paths, stats)
 
-    @torch.no_grad()
     def routing_columns(self, stats: dict) -> dict[str, float]:
-        """What the log says of a step's routing: means over banks, see losses.log_columns."""
-        if not stats:
-            return {}
-        groups = 0 if self.config.flavour == "infmoe" else self.config.pool_groups
-        return losses.log_columns(stats, per_bank(stats["counts"], groups))
+        """What the log says of a step's routing (losses.log_columns)."""
+        return auxiliary.log_columns(self.config, stats)
 
     # ---- inference
 
@@ -580,30 +493,6 @@ def load_checkpoint(path):
     except Exception as error:  # a truncated zip, a hostile pickle, another program's file: torch has a type for each
         raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}: truncated, or not one of ours): "
                          "train again with --overwrite, or name another folder") from error
-
-
-def chunks(items, size):
-    """A sequence cut into lists of `size`."""
-    return [items[i:i + size] for i in range(0, len(items), size)]
-
-
-def every_nth(codes, step):
-    """Codes of every step-th token, for the hidden layers that have codes."""
-    return [code if code is None else moe.Codes(*(part[::step] for part in code))
-            for code in codes]
-
-
-def per_bank(counts, groups):
-    """Counts per layer (L, E) -> per bank (G, E): layers that share a pool are added."""
-    return counts.view(groups, -1, counts.shape[-1]).sum(1) if groups else counts
-
-
-def sum_over_ranks(x):
-    """x added up over all ranks of a distributed run (inside torch.compile, too)."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    from torch.distributed import _functional_collectives as collectives  # not in every build
-    return collectives.wait_tensor(collectives.all_reduce(x, "sum", dist.group.WORLD))
 
 
 # --------------------------------------------------------------------------------------------------

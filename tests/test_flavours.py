@@ -14,7 +14,6 @@ import torch
 from moe_helpers import CELLS, FAMILIES, TEXT, build, gradients, random_tokens, real_text, small, train
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-import model as model_file
 import moe
 from model import GPT
 
@@ -333,11 +332,11 @@ def test_balance_losses_of_micro_batches_differ_and_how(overrides, monkeypatch):
     overrides = {**overrides, "balance_coef": 0.5}
     model, (tokens, targets), keys = build(**overrides).double(), real_text(4, 16), torch.arange(4)
     whole, counted = gradients(model, tokens, targets, noise_key=keys), []
-    monkeypatch.setattr(model_file, "sum_over_ranks", lambda x: counted.append(x) or x)
+    monkeypatch.setattr(auxiliary, "sum_over_ranks", lambda x: counted.append(x) or x)
     parts = list(zip(tokens.chunk(2), targets.chunk(2), keys.chunk(2)))
     accumulated = mean_gradients(model, parts)
     assert (accumulated[0] - whole[0]).abs() > 1e-6
-    monkeypatch.setattr(model_file, "sum_over_ranks", lambda x: counted[0] + counted[1])
+    monkeypatch.setattr(auxiliary, "sum_over_ranks", lambda x: counted[0] + counted[1])
     assert_close(whole, mean_gradients(model, parts))
 
 
