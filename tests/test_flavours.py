@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import moe
 from model import GPT
+from support import auxiliary
 
 
 def flavours(condition=lambda config: True, **more):
