@@ -13,8 +13,8 @@ class CodeRouter(nn.Module):
     make_density(i, extra, mean): a router of hidden layer i whose input is wider by extra.
     rates: N per hidden layer; a layer of rate None has no mask and needs no code.
     z "independent": a router per hidden layer. "shared": one z, read by each layer's own W_z.
-    "hierarchical": the next density sees the previous z, z_{i+1} ~ N(mu_i(x, z_i), Sigma_i(x, z_i)):
-    coarse to fine. Hidden layers from mean_from on use z = mu.
+    "hierarchical": the next density sees the previous z, coarse to fine:
+    z_{i+1} ~ N(mu_i(x, z_i), Sigma_i(x, z_i)). Hidden layers from mean_from on use z = mu.
     """
 
     def __init__(self, make_density, dz, n_samples, rates, z="independent", mean_from=None):
