@@ -86,14 +86,14 @@ class Table:
         self.name, self.config, self.device, self.rows = name, config, device, []
         print(f"\n{name} on {describe(device)}\n{'id':4} {'what':58} {'reference':>11} {'ours':>11} {'ratio':>7}  reach")
 
-    def row(self, id, what, reference, ours, ratio, reach, unit="ms", **more):
-        """ratio is what is claimed; reach is a text such as ">= 1.1" that it must satisfy."""
+    def row(self, id, what, reference, ours, ratio, reach, unit="s", **more):
+        """ratio is what is claimed; reach is a text such as ">= 1.1" that it must satisfy. Values are in s, B or unit-free."""
         sign, _, limit = reach.partition(" ")
         ok = {">=": operator.ge, "<=": operator.le, ">": operator.gt}[sign](ratio, float(limit)) if reach else None
-        scale = {"ms": 1e3, "s": 1, "MB": 1e-6, "": 1}[unit]
+        shown, scale = {"s": ("ms", 1e3), "B": ("MB", 1e-6), "": ("", 1)}[unit]
         self.rows.append(dict(id=id, what=what, reference=reference, ours=ours, unit=unit, ratio=round(ratio, 3), reach=reach,
                               reached=ok, **more))
-        print(f"{id:4} {what:58} {reference * scale:8.2f} {unit:2} {ours * scale:8.2f} {unit:2} {ratio:7.2f}  {reach or ''}"
+        print(f"{id:4} {what:58} {reference * scale:8.2f} {shown:2} {ours * scale:8.2f} {shown:2} {ratio:7.2f}  {reach or ''}"
               f" {'' if ok is None else 'reached' if ok else 'NOT REACHED'}", flush=True)
 
     def faster(self, id, what, reference, ours, reach, **more):
@@ -341,13 +341,13 @@ def bench_pool(table, c, device, dtype):
     times = interleave(functions, device, c.repeat or 5)
     table.row("C10", f"one layer fwd+bwd, pool of 96 against 8, T={t}", times[8], times[96], times[96] / times[8], "<= 1.5")
     table.row("C10", "activations kept for the backward, pool of 96 against 8", memory[8], memory[96], memory[96] / memory[8],
-              "<= 1.25", "MB")
+              "<= 1.25", "B")
     kept = {}
     for tokens in (t // 4, t):
         x, router, w_in, w_out = leaves(device, dtype, (tokens, d), (96, d), (96, 2 * f, d), (96, d, f))
         kept[tokens] = saved_bytes(x, router, w_in, w_out)
     table.row("C10", "activations at 4 T against T, pool of 96 (linear: 4)", kept[t // 4], kept[t], kept[t] / kept[t // 4],
-              "<= 4.2", "MB")
+              "<= 4.2", "B")
 
 
 def saved_bytes(x, *parameters):
@@ -413,7 +413,7 @@ def bench_gpu_layer(table, c, device, dtype):
         table.faster("G1", f"{what}, share of cuBLAS", times["dense"], times["triton"], ">= 0.7")
         memory = {name: peak_bytes(runs[name], (x, router, w_in, w_out)) for name in layer}
         table.row("G2", f"peak activation memory, E={e} K={k}", memory["grouped"], memory["triton"],
-                  memory["triton"] / memory["grouped"], "<= 0.6", "MB")
+                  memory["triton"] / memory["grouped"], "<= 0.6", "B")
 
 
 def peak_bytes(step, parameters):

@@ -68,6 +68,18 @@ def test_rows_say_whether_they_reach(table, tmp_path, capsys):
     assert "NOT REACHED" in capsys.readouterr().out
 
 
+def test_records_name_the_unit_of_their_values(table, capsys):
+    """Seconds and bytes in the record, milliseconds and megabytes on the screen."""
+    table.faster("C2", "a tenth of a second", 0.1, 0.05, "")
+    table.row("C10", "ten megabytes", 1e7, 1e7, 1.0, "", "B")
+    assert [(row["reference"], row["unit"]) for row in table.rows] == [(0.1, "s"), (1e7, "B")]
+    printed = capsys.readouterr().out
+    assert "100.00 ms" in printed and "10.00 MB" in printed
+    for path in (ROOT / "results" / "bench").glob("*.jsonl"):
+        rows = [row for line in path.read_text().splitlines() for row in json.loads(line)["rows"]]
+        assert {row["unit"] for row in rows} <= {"s", "B", ""}
+
+
 def test_rounds_are_interleaved_and_medians():
     called, sleeps = [], iter([0, 0, 0, 0, 0.05, 0, 0, 0, 0, 0])
     times = bench.interleave({"a": lambda: (called.append("a"), bench.time.sleep(next(sleeps))), "b": lambda: called.append("b")},
