@@ -16,6 +16,7 @@ import math
 import operator
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +33,23 @@ import kernels
 import moe
 from configurator import fail, parse
 from model import GPT, ModelConfig
-from support.machine import flops_per_token, keep_memory, peak_flops, pick_compile, pick_dtype
+from support.machine import flops_per_token, keep_memory, peak_flops, pick_compile, pick_device, pick_dtype
 from train import TrainConfig
 
 
 @dataclass
 class BenchConfig:
     quick: bool = False  # one shape per table, fewer repetitions
-    device: str = "auto"  # auto | cpu | cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     out: str = "results/bench"  # folder for the JSON and pictures
     repeat: int = 0  # timed rounds; 0: as many as the bench thinks right
     threads: int = 0  # CPU threads; 0: torch's own choice
+
+    def __post_init__(self):
+        if not 0 <= self.threads <= os.cpu_count():
+            raise ValueError(f"threads={self.threads}: expected 0 to {os.cpu_count()}, the CPUs of this machine")
+        if self.repeat < 0:
+            raise ValueError(f"repeat={self.repeat}: expected 0 (the bench's own choice) or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,9 +137,9 @@ def timing_lock():
     """Ask reproduce.py's runs to pause."""
     path = Path("out/timing.lock")
     path.parent.mkdir(exist_ok=True)
-    path.write_text(str(os.getpid()))
-    time.sleep(1.5)  # it looks twice a second
     try:
+        path.write_text(str(os.getpid()))
+        time.sleep(1.5)  # it looks twice a second
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -508,10 +516,7 @@ SHORT_RUN = ["--dataset=data/stdlib", "--max_steps=60", "--batch_tokens=131072",
 
 def gpu_check(c):
     """Everything that wants a GPU, in the order of what matters most, printed as it goes; under nine minutes."""
-    if not torch.cuda.is_available():
-        fail("gpu_check needs a CUDA device, and this torch sees none; `make test` and `make bench` check what a CPU can")
     begin, out = time.monotonic(), Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
 
     def left(seconds, what):
         enough = 530 - (time.monotonic() - begin) > seconds
@@ -550,27 +555,39 @@ def run_bench(name, bench, c, device, dtype):
     try:
         bench(table, c, device, dtype)
     finally:
-        table.save()
+        if table.rows:
+            table.save()
 
 
 def main():
     parsed = parse(BenchConfig, words=("bench",), doc=__doc__)
-    c, name = parsed.make(BenchConfig), parsed.words["bench"] or "all"
+    c, name = parsed.make(BenchConfig), "all" if parsed.words["bench"] is None else parsed.words["bench"]
     if name not in (*BENCHES, *GPU_BENCHES, "all", "gpu_check"):
         fail(f"unknown bench '{name}': expected {', '.join([*BENCHES, 'all', 'gpu_check'])}")
-    if c.threads:
-        torch.set_num_threads(c.threads)
-    device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    keep_memory()  # as train.py does
-    with timing_lock():
-        if name == "gpu_check":
-            return gpu_check(c)
-        if name in GPU_BENCHES and not torch.cuda.is_available():
-            fail(f"{name} needs a CUDA device, and this torch sees none")
-        if name in GPU_BENCHES:
-            return run_bench(name, GPU_BENCHES[name], c, "cuda", torch.bfloat16)
-        for each in BENCHES if name == "all" else [name]:
-            run_bench(each, BENCHES[each], c, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    if name in (*GPU_BENCHES, "gpu_check") and not torch.cuda.is_available():
+        fail(f"{name} needs a CUDA device, and this torch sees none; `make test` and `make bench` check what a CPU can")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`: the lock goes
+    try:
+        device = "cpu" if c.device == "auto" and not torch.cuda.is_available() else pick_device(c.device).type
+        if c.threads:
+            torch.set_num_threads(c.threads)
+        keep_memory()  # as train.py does
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+        with timing_lock():
+            run_benches(name, c, device)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def run_benches(name, c, device):
+    if name == "gpu_check":
+        return gpu_check(c)
+    if name in GPU_BENCHES:
+        return run_bench(name, GPU_BENCHES[name], c, "cuda", torch.bfloat16)
+    for each in BENCHES if name == "all" else [name]:
+        run_bench(each, BENCHES[each], c, device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """bench.py: its references are right, a wrong result has no speed, and a table says what it says."""
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,8 +131,31 @@ def test_quick_tables_run(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("words, message", [(["nonsense"], "unknown bench 'nonsense'"), (["gpu_check"], "needs a CUDA device"),
-                                            (["moe", "--quik"], "--quick")])
-def test_mistakes_get_one_line(tmp_path, words, message):
-    run = subprocess.run([sys.executable, "-m", "lab.bench", *words], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1
+@pytest.mark.parametrize("words, message", [
+    (["nonsense"], "unknown bench 'nonsense'"), ([""], "unknown bench ''"),
+    (["gpu_check"], "needs a CUDA device"), (["moe", "--device=cuda"], "device=cuda"),
+    (["moe", "--device=foo"], "--device: expected auto|cpu|cuda"), (["moe", "--quik"], "--quick"),
+    (["moe", "--threads=100000"], "threads=100000: expected 0 to"), (["moe", "--threads=-1"], "threads=-1"),
+    (["moe", "--repeat=-1"], "repeat=-1"), (["moe", "--out=/dev/null/x"], "/dev/null/x")])
+def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2 and not Path("out/timing.lock").exists()
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_bench_says_nothing_and_leaves_no_lock(tmp_path, number):
+    words = [sys.executable, "-m", "lab.bench", "moe", "--quick", "--repeat=10000", "--device=cpu"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    lock = tmp_path / "out" / "timing.lock"
+    while not lock.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)  # beyond the pause, in the middle of a table
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 128 + number
+    assert not lock.exists()
