@@ -1,7 +1,7 @@
 """Zero-shot benchmarks through lm-evaluation-harness, for our checkpoints and for transformers' models.
 
     python -m lab.evaluate --out_dir=out/x --tasks=arc_easy,hellaswag
-    python -m lab.evaluate --tasks=unipool                       # that paper's tasks; newest checkpoint under out/; also infmoe
+    python -m lab.evaluate --tasks=unipool     # a paper's tasks (also: probe, infmoe); newest checkpoint under out/
     python -m lab.evaluate --tasks=mine --include_path=tasks     # a YAML task of your own in folder tasks, no network needed
     python -m lab.evaluate --out_dir=out/x --samples=8           # infmoe with another K
 
@@ -22,12 +22,14 @@ from model import GPT, KVCache, ModelConfig, load_checkpoint
 from support.machine import newest_run, pick_device
 from support.tokenizer import get_tokenizer
 
-PRESETS = {
-    "unipool": "arc_easy,arc_challenge,piqa,hellaswag,winogrande,lambada_openai,race",
-    "infmoe": "hellaswag,arc_easy,arc_challenge,piqa,winogrande,openbookqa,lambada_openai",  # [ours]: only hellaswag is certain
+FIVE = "arc_easy,arc_challenge,piqa,hellaswag,winogrande"
+PRESETS = {  # what stands for tasks: their names, and the metric that is averaged
+    "unipool": (f"{FIVE},lambada_openai,race", "acc"),  # that paper's table of seven tasks is raw accuracy
+    "probe": (FIVE, "acc_norm"),  # its routing probe: normalised by length where the harness does that
+    "infmoe": (f"{FIVE},openbookqa,lambada_openai", "acc_norm"),  # [ours]: only hellaswag is certain
 }
-PAPERS = {  # means, in percent, as published
-    "unipool": {"Qwen1.5-MoE*": 67.92, "DeepSeek-V2-Lite*": 54.19, "Qwen3-30B-A3B*": 73.02},
+PAPERS = {  # means over a preset's tasks, in percent, as published
+    "probe": {"Qwen1.5-MoE": 67.92, "DeepSeek-V2-Lite": 54.19, "Qwen3-30B-A3B": 73.02},
     "infmoe": {"infmoe, GPT-2 Small": 39.8, "infmoe, GPT-2 Medium": 41.3},
 }
 
@@ -36,7 +38,7 @@ PAPERS = {  # means, in percent, as published
 class EvalConfig:
     out_dir: str | None = None  # folder of a checkpoint; None: the newest under out/
     hf: str | None = None  # instead of out_dir: a model of transformers', by its name on the hub or its folder
-    tasks: str = "unipool"  # names with commas between them, or a preset: unipool, infmoe
+    tasks: str = "unipool"  # names with commas between them, or a preset: unipool, probe, infmoe
     include_path: str | None = None  # folder of task files (YAML) of your own
     num_fewshot: int | None = None  # solved examples before each question; None: as the task says
     limit: int | None = None  # items per task
@@ -45,6 +47,12 @@ class EvalConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they are saved
     save_dir: str | None = None  # receives evaluate.json; None: out_dir, or out/hf_NAME
+
+    def __post_init__(self):
+        for name, least in (("num_fewshot", 0), ("limit", 1), ("samples", 1), ("batch_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: expected {least} or more")
 
 
 class Scorer:
@@ -188,7 +196,7 @@ def language_model(model, tokenizer, batch_tokens=8192):
 def run(lm, tasks, include_path=None, num_fewshot=None, limit=None):
     """-> {task: {metric: value}}. tasks: names with commas between them, or a preset."""
     harness = need_harness()
-    names = [name.strip() for name in PRESETS.get(tasks, tasks).split(",")]
+    names = [name.strip() for name in task_names(tasks).split(",")]
     manager = harness.tasks.TaskManager(include_path=include_path, include_defaults=False) if include_path else None
     if manager is None or not set(names) <= set(manager.all_tasks):  # the harness's own 14,000 tasks take seconds to list
         manager = harness.tasks.TaskManager(include_path=include_path)
@@ -197,18 +205,23 @@ def run(lm, tasks, include_path=None, num_fewshot=None, limit=None):
         raise ValueError(f"no task {', '.join(unknown)}{nearest(unknown[0], manager.all_tasks)} (presets: {', '.join(PRESETS)}; "
                          "your own: --include_path=FOLDER of YAML files)")
     found = harness.simple_evaluate(model=lm, tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit,
-                                    log_samples=False, bootstrap_iters=0)["results"]
+                                    log_samples=False, bootstrap_iters=1000)["results"]
     clean = lambda values: {name.removesuffix(",none"): v for name, v in values.items() if isinstance(v, (int, float))}
     return {task: clean(values) for task, values in found.items()}
 
 
-def accuracies(results):
-    """{task: accuracy}: normalised by the length of the answers where the task defines that, plain otherwise."""
-    return {task: next((values[m] for m in ("acc_norm", "acc", "exact_match") if m in values), float("nan"))
+def task_names(tasks):
+    return PRESETS[tasks][0] if tasks in PRESETS else tasks
+
+
+def averaged(results, metric="acc_norm"):
+    """{task: (score, its standard error)} by the metric where the task has it, else by the next that it has."""
+    metrics = {task: next((m for m in (metric, "acc", "exact_match") if m in values), "") for task, values in results.items()}
+    return {task: (values.get(metrics[task], float("nan")), values.get(f"{metrics[task]}_stderr", 0.0))
             for task, values in results.items()}
 
 
-def print_results(results, preset):
+def print_results(results, preset, limit=None):
     metrics = ("acc", "acc_norm", "exact_match", "perplexity", "word_perplexity")
     names = [m for m in metrics if any(m in values for values in results.values())]
     print(f"{'task':24}" + "".join(f"{name:>16}" for name in names))
@@ -216,10 +229,15 @@ def print_results(results, preset):
         shown = [(values.get(m), values.get(f"{m}_stderr"), 1 if "perplexity" in m else 100) for m in names]
         print(f"{task:24}" + "".join(f"{'' if v is None else f'{v * by:.2f}' + (f' ±{e * by:.2f}' if e else ''):>16}"
                                      for v, e, by in shown))
-    scores = accuracies(results).values()
-    print(f"{'mean':24}{100 * sum(scores) / len(scores):16.2f}   (acc_norm where there is one)")
+    metric = PRESETS[preset][1] if preset in PRESETS else "acc_norm"
+    scores = averaged(results, metric).values()
+    mean, error = sum(s for s, _ in scores) / len(scores), sum(e * e for _, e in scores) ** 0.5 / len(scores)
+    note = "acc" if metric == "acc" else "acc_norm where there is one"
+    print(f"{'mean':24}{f'{100 * mean:.2f} ±{100 * error:.2f}':>16}   ({note})")
     for name, value in PAPERS.get(preset, {}).items():
-        print(f"{name:24}{value:16.2f}   (paper{': five tasks, without lambada and race' if '*' in name else ''})")
+        print(f"{name:24}{value:16.2f}   (the paper's mean)")
+    if limit:
+        print(f"at most {limit} items a task (--limit={limit}): an estimate, not to be compared with whole tasks")
 
 
 def load(folder, device="auto", dtype="auto"):
@@ -250,7 +268,7 @@ def main():
         (folder / "evaluate.json").write_text(json.dumps({"settings": dataclasses.asdict(config), "results": results}, indent=1))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
-    print_results(results, config.tasks)
+    print_results(results, config.tasks, config.limit)
     print(f"wrote {folder / 'evaluate.json'}")
 
 

@@ -176,6 +176,9 @@ def test_toy_task_equals_by_hand(harness, tmp_path, capsys, monkeypatch):
     assert saved["acc"] == pytest.approx(right / 50) and saved["acc_norm"] == pytest.approx(right_norm / 50)
     printed = capsys.readouterr().out
     assert f"{2 * right:.2f}" in printed and "evaluate.json" in printed
+    share = right / 50
+    assert saved["acc_stderr"] == pytest.approx((share * (1 - share) / 49) ** 0.5)
+    assert f"{2 * right:.2f} ±{100 * saved['acc_stderr']:.2f}" in printed
 
 
 def test_equals_hflm_on_the_exported_model(harness, tmp_path):
@@ -199,7 +202,8 @@ def test_equals_hflm_on_the_exported_model(harness, tmp_path):
 @pytest.mark.parametrize("argv, words", [
     (["--tasks=toi", f"--include_path={TOY}", "--out_dir={x}"], "no task toi: did you mean"),
     (["--out_dir={x}/nowhere"], "no checkpoint at"),
-    (["--taks=toy"], "did you mean --tasks"),
+    (["--taks=toy"], "did you mean --tasks"), (["--limit=0"], "limit=0"), (["--num_fewshot=-1"], "num_fewshot=-1"),
+    (["--samples=0"], "samples=0"), (["--batch_tokens=0"], "batch_tokens=0"), (["--device=foo", "--out_dir={x}"], "device=foo"),
 ])
 def test_mistakes_are_one_line(harness, argv, words, tmp_path, capsys, monkeypatch):
     from lm_eval.tasks import TaskManager
@@ -222,10 +226,30 @@ def test_without_the_harness(monkeypatch, capsys):
     assert stop.value.code == 2 and 'pip install "nanoexperts[eval]"' in capsys.readouterr().err
 
 
-def test_presets_are_printed_beside_the_papers(capsys):
-    results = {task: {"acc": 0.5, "acc_stderr": 0.01} | ({"acc_norm": 0.25} if task == "piqa" else {})
-               for task in evaluate.PRESETS["infmoe"].split(",")}
-    evaluate.print_results(results, "infmoe")
+def preset_results(preset):
+    both = {"acc": 0.5, "acc_stderr": 0.01, "acc_norm": 0.25, "acc_norm_stderr": 0.02}
+    raw = {"acc": 0.5, "acc_stderr": 0.01}
+    return {task: both if task == "hellaswag" else raw for task in evaluate.task_names(preset).split(",")}
+
+
+@pytest.mark.parametrize("preset, n, mean, error, paper", [
+    ("unipool", 7, 50.0, (7 * 0.01**2) ** 0.5 / 7, []),  # raw accuracy, and no mean that is known
+    ("probe", 5, 100 * (4 * 0.5 + 0.25) / 5, (4 * 0.01**2 + 0.02**2) ** 0.5 / 5, ["67.92", "54.19", "73.02"]),
+    ("infmoe", 7, 100 * (6 * 0.5 + 0.25) / 7, (6 * 0.01**2 + 0.02**2) ** 0.5 / 7, ["39.80", "41.30"])])
+def test_presets_average_what_their_paper_does(capsys, preset, n, mean, error, paper):
+    results = preset_results(preset)
+    evaluate.print_results(results, preset, limit=20)
     printed = capsys.readouterr().out
-    assert "39.80" in printed and "50.00 ±1.00" in printed
-    assert f"{100 * (6 * 0.5 + 0.25) / 7:.2f}" in printed  # the mean takes piqa's normalised accuracy
+    assert len(results) == n and f"{mean:.2f} ±{100 * error:.2f}" in printed
+    assert "50.00 ±1.00" in printed and "25.00 ±2.00" in printed and "--limit=20" in printed
+    assert [line.split()[-4] for line in printed.splitlines() if "paper" in line] == paper
+    evaluate.print_results(results, preset)
+    assert "limit" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_preset_tasks_exist(harness):
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager()
+    names = {name for tasks, _ in evaluate.PRESETS.values() for name in tasks.split(",")}
+    assert names <= set(manager.all_tasks)
