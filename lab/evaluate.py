@@ -10,6 +10,8 @@ continuations. A score is the log-likelihood that transformers' own HFLM gives t
 """
 import dataclasses
 import json
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import fail, nearest, parse
+from lab import write_atomically
 from model import GPT, KVCache, ModelConfig, load_checkpoint
 from support.machine import newest_run, pick_device
 from support.tokenizer import get_tokenizer
@@ -182,7 +185,7 @@ def need_harness():
         import lm_eval.tasks
         return lm_eval
     except ImportError as error:
-        raise ImportError(f'benchmarks need lm-evaluation-harness ({error}): pip install "nanoexperts[eval]"') from None
+        raise ImportError(f'benchmarks need lm-evaluation-harness ({error}): pip install -e ".[eval]"') from None
 
 
 def language_model(model, tokenizer, batch_tokens=8192):
@@ -265,9 +268,12 @@ def main():
         results = run(lm, config.tasks, config.include_path, config.num_fewshot, config.limit)
         folder = Path(config.save_dir or (f"out/hf_{Path(config.hf).name}" if config.hf else config.out_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "evaluate.json").write_text(json.dumps({"settings": dataclasses.asdict(config), "results": results}, indent=1))
+        text = json.dumps({"settings": dataclasses.asdict(config), "results": results}, indent=1)
+        write_atomically(folder / "evaluate.json", lambda f: f.write(text.encode()))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     print_results(results, config.tasks, config.limit)
     print(f"wrote {folder / 'evaluate.json'}")
 

@@ -3,6 +3,8 @@
   1. scores      2. what a batch is      3. generation      4. the harness and the command line
 """
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ from probe_helpers import CONTEXT, random_model, save_checkpoint
 from lab import evaluate
 from support.tokenizer import get_tokenizer
 
-TOY = Path(__file__).parent / "toy_task"
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "tests" / "toy_task"
 ITEMS = [json.loads(line) for line in (TOY / "toy.jsonl").read_text().splitlines()]
 PAIRS = [(item["question"], choice) for item in ITEMS for choice in item["choices"]]  # 50 items of 4 choices
 FLAVOURS = {
@@ -154,7 +157,7 @@ def harness(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         patch.setenv("HF_DATASETS_OFFLINE", "1")
-        patch.chdir(TOY.parent.parent)  # the task names its file from there
+        patch.chdir(ROOT)  # the task names its file from there
         yield lm_eval
 
 
@@ -217,13 +220,28 @@ def test_mistakes_are_one_line(harness, argv, words, tmp_path, capsys, monkeypat
     assert stop.value.code == 2 and error.startswith("error: ") and words in error
 
 
+@pytest.mark.parametrize("name", ["evaluate", "bench", "reproduce"])
+def test_our_modules_shadow_nobodys(name):
+    """In the repository `import evaluate` is Hugging Face's, which the harness's own tasks import, or nothing."""
+    code = f"import importlib.util as u; print(getattr(u.find_spec('{name}'), 'origin', 'nothing'))"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and ROOT / f"{name}.py" != Path(found.stdout.strip())
+
+
+def test_runs_as_a_module(tmp_path):
+    words = [sys.executable, "-m", "lab.evaluate", "--help"]
+    told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0 and "--tasks=str" in told.stdout and "--limit=int|None" in told.stdout
+
+
 def test_without_the_harness(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     with pytest.raises(SystemExit) as stop:
         evaluate.main()
-    assert stop.value.code == 2 and 'pip install "nanoexperts[eval]"' in capsys.readouterr().err
+    assert stop.value.code == 2 and 'pip install -e ".[eval]"' in capsys.readouterr().err
 
 
 def preset_results(preset):
