@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
+from lab import write_atomically
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is run. Widths are shares of the dense FFN's (`width`), so that one table serves every size.
 # init_std at cpu size is 0.02 * sqrt(768 / 64): 0.02 belongs to GPT-2's width of 768. With 0.02 at width 64 seeds
@@ -226,14 +228,46 @@ def folder_of(size, name, seed):
 
 def is_done(size, name, seed):
     """Is there a record of this run, with the settings that the table has now?"""
-    path = record_path(size, name, seed)
-    return path.exists() and is_current(json.loads(path.read_text()))
+    record = read_record(record_path(size, name, seed))
+    return record is not None and is_current(record)
+
+
+NUMBER = (int, float)
+FIELDS = dict(run=str, size=str, seed=int, settings=dict, val_loss=NUMBER, n_params=int, n_active_params=int, tokens=int,
+              flops_per_token=int, seconds=NUMBER, hardware=str, torch=str, commit=str, curve=list, routing=dict, measures=dict)
+
+
+def read_record(path):
+    """The record in a file; None where there is no file, or (after a line on stderr) where it holds none."""
+    try:
+        record = json.loads(path.read_bytes())
+        wrong = check_record(record)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = str(error)
+    if wrong:
+        print(f"{path} is damaged and left out ({wrong}); the next run of it writes it anew", file=sys.stderr)
+    return None if wrong else record
+
+
+def check_record(record):
+    """What is wrong with a record; an empty string if nothing is."""
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__}, not a record"
+    for name, kind in FIELDS.items():
+        if not isinstance(record.get(name), kind):
+            return f"{name} is {record.get(name)!r:.40}"
+    points = [x for point in record["curve"] for x in (point if isinstance(point, list) and len(point) == 3 else [None])]
+    values = [record["val_loss"], record["seconds"], *points, *record["routing"].values(), *record["measures"].values()]
+    odd = [x for x in values if not isinstance(x, NUMBER) or not math.isfinite(x)]
+    return f"{odd[0]!r:.40} is no finite number" if odd else ""
 
 
 def is_current(record):
     name, size = record["run"], record["size"]
-    known = name in RUNS or name in sweep_names()
-    return known and record.get("settings") == in_json(settings_of(size, name)[0])
+    known = size in SIZES and (name in RUNS or name in sweep_names())
+    return known and record["settings"] == in_json(settings_of(size, name)[0])
 
 
 def holds(folder, settings):
@@ -324,8 +358,7 @@ def run_one(size, name, seed):
               "measures": {k: round(v, 6) for k, v in measure(model, settings, folder, RUNS.get(name, ("", {}))[0]).items()}}
     path = record_path(size, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_atomically(path, lambda f: f.write((json.dumps(record, indent=1, sort_keys=True) + "\n").encode()))
 
 
 def measure(model, settings, folder, claims):
@@ -575,8 +608,8 @@ FIGURES = {"pool": ("dense", "vanilla", "unipool"), "pool-12": ("dense-12", "van
 
 def load_records(size):
     """{(run, seed): record}, those of older settings left out."""
-    records = [json.loads(path.read_text()) for path in sorted(Path("results/runs").glob(f"{size}-*.json"))]
-    return {(r["run"], r["seed"]): r for r in records if is_current(r)}
+    records = [read_record(path) for path in sorted(Path("results/runs").glob(f"{size}-*.json"))]
+    return {(r["run"], r["seed"]): r for r in records if r and is_current(r)}
 
 
 def value_of(record, measure):
@@ -705,7 +738,7 @@ def report(size):
              f"| run | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES), *measure_rows(records, done), "",
              "## Learning rates", "", f"One seed, half of the steps. Used: {LR[size]}.", "",
              "| | " + " | ".join(f"{lr:g}" for lr in SWEEP) + " |", "|---|" + "---|" * len(SWEEP), *sweep_rows(records), ""]
-    Path(f"results/claims{suffix}.md").write_text("\n".join(lines))
+    write_atomically(f"results/claims{suffix}.md", lambda f: f.write("\n".join(lines).encode()))
     print(f"wrote results/claims{suffix}.md from {len(records)} runs")
     draw_curves(records, suffix)
 
@@ -736,7 +769,8 @@ def draw_curves(records, suffix):
         commits = ", ".join(sorted({r["commit"] for r in shown}))
         tokens = max(r["tokens"] for r in shown) / 1e6
         figure.suptitle(f"{tokens:.2f}M tokens, {shown[0]['hardware']}, commit {commits}", fontsize=8)
-        figure.savefig(f"results/claims{suffix}-{title}.png", metadata={"Software": None})
+        write_atomically(f"results/claims{suffix}-{title}.png",
+                         lambda f, figure=figure: figure.savefig(f, format="png", metadata={"Software": None}))
 
 
 def draw_run(panels, name, group):

@@ -320,6 +320,30 @@ def test_records_of_other_settings_are_left_out(tmp_path, monkeypatch):
         assert set(reproduce.load_records("cpu")) == {("dense", 1), ("lr/dense/0.002", 1)}
 
 
+DAMAGED = {"empty": b"", "cut": b'{"run": "dense", "seed": 2', "list": b"[]", "binary": bytes(range(256)), "number": b"1e999",
+           "deep": b"[" * 100_000, "no settings": None, "loss is text": None, "loss is NaN": None, "curve of text": None}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_record_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys, how):
+    monkeypatch.chdir(tmp_path)
+    write_record("dense", 1, 2.0)
+    write_record("dense", 2, 2.0)
+    path = reproduce.record_path("cpu", "dense", 2)
+    change = {"no settings": {"settings": None}, "loss is text": {"val_loss": "2.0"}, "loss is NaN": {"val_loss": math.nan},
+              "curve of text": {"curve": ["abc"]}}.get(how)
+    path.write_bytes(DAMAGED[how] if change is None else json.dumps(json.loads(path.read_text()) | change).encode())
+    assert set(reproduce.load_records("cpu")) == {("dense", 1)}
+    assert reproduce.is_done("cpu", "dense", 1) and not reproduce.is_done("cpu", "dense", 2)
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 2 and all(line.startswith(f"{path} is damaged") for line in error)
+
+
+def test_committed_records_are_whole(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert len(reproduce.load_records("cpu")) == 139 and not capsys.readouterr().err
+
+
 def test_a_lock_counts_while_its_process_lives(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not reproduce.timing()
