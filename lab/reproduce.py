@@ -12,6 +12,7 @@ out/timing.lock exists (bench.py holds it), running ones are paused.
 import ast
 import contextlib
 import csv
+import ctypes
 import json
 import math
 import os
@@ -215,7 +216,15 @@ class ReproduceConfig:
     def __post_init__(self):
         if self.size not in SIZES:
             raise ValueError(f"size={self.size}: expected {' or '.join(SIZES)}")
-        self.seeds = self.seeds if isinstance(self.seeds, tuple) else (self.seeds,)
+        if not self.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds):
+            raise ValueError(f"seeds={self.seeds}: expected one or more whole numbers from 0, such as --seeds=1,2,3")
+        for name, least in (("jobs", 1), ("threads", 1), ("minutes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
+        if self.threads > os.cpu_count():
+            raise ValueError(f"threads={self.threads}: this machine has {os.cpu_count()} CPUs")
+        if self.only and not self.only.strip(", "):
+            raise ValueError(f"only={self.only}: names no claim and no run (--list shows them)")
 
 
 def record_path(size, name, seed):
@@ -321,6 +330,8 @@ def settings_of(size, name):
 def overrides_of(name):
     if name in RUNS:
         return RUNS[name][1]
+    if name not in sweep_names():
+        raise ValueError(f"no run {name} (--list shows them)")
     base, lr = name.removeprefix("lr/").rsplit("/", 1)  # lr/unipool/0.004
     return RUNS[base][1] | dict(lr=float(lr), steps=0.5)
 
@@ -569,7 +580,14 @@ def timing():
 def start_child(config, name, seed):
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
     words = [sys.executable, "-m", "lab.reproduce", f"--child={name}", f"--seeds={seed}", f"--size={config.size}"]
-    return subprocess.Popen(words, env=environment)
+    return subprocess.Popen(words, env=environment, preexec_fn=follow_parent)
+
+
+def follow_parent():
+    """In a child, before it starts: Ctrl-C is the parent's to handle, and (on Linux) the child is killed when the parent is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def finish(config, name, seed, seconds, code, failed):
@@ -803,6 +821,8 @@ def main():
             sys.exit(1)
     except (ValueError, OSError) as error:
         fail(str(error))
+    except KeyboardInterrupt:  # `finally` has stopped the children, each after saving
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -360,10 +360,17 @@ def test_a_lock_counts_while_its_process_lives(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (["--only=tune-top2", "--seeds=1"], "tune-top2 seed 1 tunes the model of top2"),
-    (["--only=nonsense"], "nonsense is no claim"), (["--report"], "no records of size cpu"), (["--size=tpu"], "size=tpu")])
-def test_mistakes_get_one_line(tmp_path, words, message):
-    run = subprocess.run([sys.executable, "-m", "lab.reproduce", *words], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1
+    (["--only=nonsense"], "nonsense is no claim"), (["--only=,"], "only=,"), (["--sedes=1"], "did you mean --seeds"),
+    (["--report"], "no records of size cpu"), (["--size=tpu"], "size=tpu"), (["--child=nonsense"], "no run nonsense"),
+    (["--jobs=0"], "jobs=0"), (["--minutes=-1"], "minutes=-1"), (["--threads=0"], "threads=0"), (["--threads=9999"], "CPUs"),
+    (["--seeds="], "seeds=()"), (["--seeds=-1"], "seeds=(-1,)"), (["--seeds=1.5"], "seeds=(1.5,)"), (["--seeds=a"], "seeds")])
+def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("words, first, n", [(["--only=a"], "dense ", 7), (["--sweep"], "lr/dense/0.001 ", 20)])
@@ -384,17 +391,48 @@ def test_a_deadline_stops_and_the_next_call_resumes(tmp_path):
     assert "stopped, resumes next time" in second.stdout and steps == sorted(set(steps)) and len(steps) > 5
 
 
-@pytest.mark.slow
-def test_no_run_outlives_a_killed_runner(tmp_path):
-    words = [sys.executable, "-m", "lab.reproduce", "--only=dense", "--seeds=1"]
-    runner = subprocess.Popen(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    log = tmp_path / "out/reproduce/cpu-dense-s1/log.csv"
-    while not (log.exists() and len(log.read_text().splitlines()) > 2):
+@pytest.mark.parametrize("number, paused", [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGKILL, False),
+                                            (signal.SIGKILL, True)])
+def test_no_run_outlives_its_runner(tmp_path, number, paused):
+    """Two runs, stopped by Ctrl-C (as a terminal sends it: to the whole group), TERM or kill -9 of the runner alone."""
+    folders = [make_folder(tmp_path, seed) for seed in (1, 2)]
+    words = [sys.executable, "-m", "lab.reproduce", "--only=dense", "--seeds=1,2", "--jobs=2"]
+    runner = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not all((folder / "log.csv").exists() and len((folder / "log.csv").read_text().splitlines()) > 2 for folder in folders):
         assert runner.poll() is None
         time.sleep(0.2)
-    runner.send_signal(signal.SIGTERM)
-    assert runner.wait(60) == 128 + signal.SIGTERM
-    assert (log.parent / "ckpt.pt").exists()  # the child saved before the runner ended
-    length = log.stat().st_size
-    time.sleep(3)
-    assert log.stat().st_size == length
+    children = [int(pid) for pid in Path(f"/proc/{runner.pid}/task/{runner.pid}/children").read_text().split()]
+    assert len(children) == 2
+    if paused:
+        (tmp_path / "out" / "timing.lock").write_text(str(os.getpid()))
+        while not all(" (stopped)" in Path(f"/proc/{pid}/status").read_text() for pid in children):
+            time.sleep(0.1)
+    (os.killpg if number == signal.SIGINT else os.kill)(runner.pid, number)
+    error = runner.communicate(timeout=60)[1]
+    assert runner.returncode == (-number if number == signal.SIGKILL else 128 + number) and "Traceback" not in error
+    time.sleep(0.5)
+    assert not any(is_running(pid) for pid in children)
+    if number != signal.SIGKILL:
+        assert all((folder / "ckpt.pt").exists() for folder in folders)  # they saved before the runner ended
+
+
+def make_folder(tmp_path, seed):
+    if seed == 1:
+        make_data(tmp_path / "data" / "stdlib", n_train=2_000_001, n_val=70_000)
+    return tmp_path / f"out/reproduce/cpu-dense-s{seed}"
+
+
+def is_running(pid):
+    try:
+        return " (zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_an_interrupt_before_the_runs_begin_is_quiet(tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "lab.reproduce", "--only=dense"], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert "preparing" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
