@@ -1,13 +1,14 @@
-"""Speed and memory, each as a ratio to a reference that is timed in the same process, interleaved.
+"""Speed and memory, each as a ratio to a reference that is timed in the same process, in turns.
 
-    python -m lab.bench all                  # the CPU table C1 to C10, in under ten minutes (make bench)
+    python -m lab.bench all                  # all that a CPU can show, in ten minutes (make bench)
     python -m lab.bench moe --quick          # one table at one shape
-    python -m lab.bench infmoe               # latency against activation rate, as a table and a picture
-    python -m lab.bench gpu_check --out=DIR  # on a GPU: kernels, tests, G1 to G7, short real runs, in nine minutes
+    python -m lab.bench infmoe               # latency by activation rate, as a table and a picture
+    python -m lab.bench gpu_check --out=DIR  # on a GPU: kernels, tests, tables, short runs, 9 min
 
-Benches: moe, infmoe, decode, train, pool, all, gpu_check. Two ways to compute one thing are compared before they are timed: one
-that disagrees prints no speed. Tables go to the screen, and as JSON with hardware, versions and shapes into --out.
-While it runs it holds out/timing.lock, which pauses the runs of reproduce.py.
+Benches: moe, infmoe, decode, train, pool, all, gpu_check. Two ways to compute one thing are
+compared, then timed: one that disagrees prints no speed. Tables go to the screen, and as JSON with
+hardware, versions and shapes into --out. C1 to C10 and G1 to G7 are the rows of results/cpu.md and
+results/h200.md. Meanwhile out/timing.lock pauses the runs of lab.reproduce.
 """
 import contextlib
 import dataclasses
@@ -33,7 +34,7 @@ import kernels
 import moe
 from configurator import fail, parse
 from model import GPT, ModelConfig
-from support.machine import flops_per_token, keep_memory, peak_flops, pick_compile, pick_device, pick_dtype
+from support import machine
 from train import TrainConfig
 
 
@@ -47,13 +48,12 @@ class BenchConfig:
 
     def __post_init__(self):
         if not 0 <= self.threads <= os.cpu_count():
-            raise ValueError(f"threads={self.threads}: expected 0 to {os.cpu_count()}, the CPUs of this machine")
+            raise ValueError(f"threads={self.threads}: expected 0 to {os.cpu_count()} (CPUs here)")
         if self.repeat < 0:
-            raise ValueError(f"repeat={self.repeat}: expected 0 (the bench's own choice) or more")
+            raise ValueError(f"repeat={self.repeat}: expected 0 or more")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
+# ---- measuring
 
 def clock(device):
     if device == "cuda":
@@ -62,7 +62,7 @@ def clock(device):
 
 
 def interleave(functions, device, rounds):
-    """Median seconds of each function: {name: f}. Round by round in turn, so that a busy moment hits all of them alike."""
+    """{name: f} -> {name: median seconds}. All in turn, so that a busy moment hits all alike."""
     times = {name: [] for name in functions}
     for f in functions.values():  # warm up: compilation, caches, autotuning
         f()
@@ -75,16 +75,16 @@ def interleave(functions, device, rounds):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def tolerance(dtype):
-    return 1e-5 if dtype == torch.float32 else 2e-2
-
-
 def agree(name, out, reference, limit):
-    """Relative distance of two outputs; SystemExit above the tolerance, because a wrong result has no speed."""
-    distance = ((out.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30)).item()
+    """Relative distance of two outputs; SystemExit above the limit: a wrong result has no speed."""
+    out, reference = out.double(), reference.double()
+    distance = ((out - reference).norm() / reference.norm().clamp_min(1e-30)).item()
     if not distance <= limit:
-        fail(f"{name} disagrees with its reference: relative distance {distance:.2e} > {limit:.0e}; nothing was timed")
-    return distance
+        fail(f"{name} disagrees with its reference: relative distance {distance:.2e} > {limit:.0e}")
+
+
+SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
+WORDS = {None: "", True: "reached", False: "NOT REACHED"}
 
 
 class Table:
@@ -92,29 +92,39 @@ class Table:
 
     def __init__(self, name, config, device):
         self.name, self.config, self.device, self.rows = name, config, device, []
-        print(f"\n{name} on {describe(device)}\n{'id':4} {'what':58} {'reference':>11} {'ours':>11} {'ratio':>7}  reach")
+        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.tolerance = 1e-5 if device == "cpu" else 2e-2
+        print(f"\n{name} on {describe(device)}\n{'id':4} {'what is compared':64} "
+              f"{'reference':>11} {'ours':>11} {'ratio':>7}  reach")
 
-    def row(self, id, what, reference, ours, ratio, reach, unit="s", **more):
-        """ratio is what is claimed; reach is a text such as ">= 1.1" that it must satisfy. Values are in s, B or unit-free."""
-        sign, _, limit = reach.partition(" ")
-        ok = {">=": operator.ge, "<=": operator.le, ">": operator.gt}[sign](ratio, float(limit)) if reach else None
+    def time(self, functions, rounds):
+        return interleave(functions, self.device, self.config.repeat or rounds)
+
+    def row(self, id, what, reference, ours, reach="", unit="s", invert=False, **more):
+        """Ours over the reference (inverted: the reverse), which must satisfy reach: "<= 1.25".
+
+        reference, ours: in seconds ("s"), bytes ("B"), or of another kind (""); more: kept too.
+        """
+        ratio = reference / ours if invert else ours / reference
+        sign, limit = reach.split() if reach else (None, 0)
+        reached = SIGNS[sign](ratio, float(limit)) if reach else None
+        self.rows.append(dict(id=id, what=what, reference=reference, ours=ours, unit=unit,
+                              ratio=round(ratio, 3), reach=reach, reached=reached, **more))
         shown, scale = {"s": ("ms", 1e3), "B": ("MB", 1e-6), "": ("", 1)}[unit]
-        self.rows.append(dict(id=id, what=what, reference=reference, ours=ours, unit=unit, ratio=round(ratio, 3), reach=reach,
-                              reached=ok, **more))
-        print(f"{id:4} {what:58} {reference * scale:8.2f} {shown:2} {ours * scale:8.2f} {shown:2} {ratio:7.2f}  {reach or ''}"
-              f" {'' if ok is None else 'reached' if ok else 'NOT REACHED'}", flush=True)
+        print(f"{id:4} {what:64} {reference * scale:8.2f} {shown:2} {ours * scale:8.2f} {shown:2} "
+              f"{ratio:7.2f}  {reach} {WORDS[reached]}", flush=True)
 
-    def faster(self, id, what, reference, ours, reach, **more):
+    def faster(self, id, what, reference, ours, reach=""):
         """A row whose ratio is how many times faster ours is."""
-        self.row(id, what, reference, ours, reference / ours, reach, **more)
+        self.row(id, what, reference, ours, reach, invert=True)
 
     def save(self):
-        folder = Path(self.config.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = dict(bench=self.name, hardware=describe(self.device), torch=torch.__version__, triton=triton_version(),
-                      threads=torch.get_num_threads(), command=" ".join(["python -m lab.bench", *sys.argv[1:]]),
-                      date=time.strftime("%Y-%m-%d"), rows=self.rows)
-        with open(folder / f"{self.name}.jsonl", "a") as f:
+        record = dict(
+            bench=self.name, hardware=describe(self.device), torch=torch.__version__,
+            triton=getattr(sys.modules.get("triton"), "__version__", None),
+            threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"),
+            command=" ".join(["python -m lab.bench", *sys.argv[1:]]), rows=self.rows)
+        with open(Path(self.config.out, f"{self.name}.jsonl"), "a") as f:
             f.write(json.dumps(record) + "\n")
 
 
@@ -124,17 +134,9 @@ def describe(device):
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def triton_version():
-    try:
-        import triton
-        return triton.__version__
-    except ImportError:
-        return None
-
-
 @contextlib.contextmanager
 def timing_lock():
-    """Ask reproduce.py's runs to pause."""
+    """Ask the runs of lab.reproduce to pause."""
     path = Path("out/timing.lock")
     path.parent.mkdir(exist_ok=True)
     try:
@@ -146,19 +148,26 @@ def timing_lock():
 
 
 def forward_backward(f, *inputs):
-    """A closure that runs f(*inputs), then the backward pass from a fixed gradient, with no gradients left from before."""
+    """A closure: f(*inputs), then the backward pass from a fixed gradient."""
     with torch.no_grad():
         grad = torch.randn_like(f(*inputs))
 
-    def run():
+    def step():
         for x in inputs:
             x.grad = None
         f(*inputs).backward(grad)
-    return run
+    return step
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# References: the formulas as the papers write them
+def leaves(table, *shapes):
+    """Random tensors that need gradients; all but the first at the scale of initialised weights."""
+    generator = torch.Generator().manual_seed(0)
+    scales = [1.0] + [1.0 if len(s) == 3 and s[-1] <= 128 else s[-1] ** -0.5 for s in shapes[1:]]
+    tensors = [torch.randn(s, generator=generator) * scale for s, scale in zip(shapes, scales)]
+    return [x.to(table.device, table.dtype).requires_grad_() for x in tensors]
+
+
+# ---- references: the formulas as the papers write them
 
 def moe_by_masks(x, router, w_in, w_out, top_k):
     """A list of experts, looped over with boolean masks: what most codebases start with."""
@@ -177,18 +186,14 @@ def moe_ours(x, router, w_in, w_out, top_k, backend="auto"):
     return kernels.expert_ffn(x, weights, ids, w_in, w_out, "swiglu", backend=backend)[0]
 
 
-def experts_by_grouped_mm(x, weights, ids, w_in, w_out):
-    """torch's grouped_mm and its own autograd, which keeps every intermediate: the reference of G1 and G2."""
+def moe_by_grouped_mm(x, router, w_in, w_out, top_k):
+    """torch's grouped_mm and its own autograd, which keeps every intermediate."""
+    weights, ids = (x @ router.T).softmax(-1).topk(top_k)
     order, ends = kernels.sort_by_expert(ids, w_in.shape[0])
     rows = x.index_select(0, order // ids.shape[1])  # (N, D), by expert
     act = moe.activate(F.grouped_mm(rows, w_in.transpose(1, 2), offs=ends), "swiglu")  # (N, F)
-    out = kernels.undo_order(F.grouped_mm(act, w_out.transpose(1, 2), offs=ends), order)  # (N, D), by token
+    out = kernels.undo_order(F.grouped_mm(act, w_out.transpose(1, 2), offs=ends), order)  # by token
     return (out.view(*ids.shape, -1) * weights.to(x.dtype).unsqueeze(-1)).sum(1)
-
-
-def moe_by_grouped_mm(x, router, w_in, w_out, top_k):
-    weights, ids = (x @ router.T).softmax(-1).topk(top_k)
-    return experts_by_grouped_mm(x, weights, ids, w_in, w_out)
 
 
 def infmoe_literal(x, z, w_in, w_out, w_z, n_keep):
@@ -202,160 +207,143 @@ def infmoe_literal(x, z, w_in, w_out, w_z, n_keep):
     return y / z.shape[1]
 
 
-def dense_ffn(x, w_in, w_out):
-    return moe.activate(x @ w_in.T, "gelu") @ w_out.T
+def infmoe_inside(x, z, w_in, w_out, w_z, n_keep):
+    """The same with the sum moved inside W_2, in plain torch: what torch.compile is given."""
+    scores = z @ w_z.T  # (T, K, F)
+    threshold = scores.kthvalue(scores.shape[-1] - n_keep + 1, dim=-1, keepdim=True).values
+    mask = (scores * (scores >= threshold)).mean(1)
+    return (mask * moe.activate(x @ w_in.T, "gelu")) @ w_out.T
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Benches
+def infmoe_masked(x, z, w_in, w_out, w_z, n_keep):
+    """The same with our masks over the whole width: the reference of decoding, which skips rows."""
+    mask = kernels.topn_mask(z @ w_z.T, n_keep).mean(1)
+    return (mask * moe.activate(x @ w_in.T, "gelu")) @ w_out.T
 
-def bench_moe(table, c, device, dtype):
-    """C2: one SwiGLU layer with its router, forward and backward."""
+
+def dense_ffn(x, w_in, w_out, activation="gelu"):
+    return moe.activate(x @ w_in.T, activation) @ w_out.T
+
+
+# ---- layers
+
+def bench_moe(table):
+    """One SwiGLU layer with its router, forward and backward."""
     shapes = [(4096, 256, 1024, 8, 2, ">= 1.1"), (4096, 256, 1024, 96, 1, ">= 1.5")]
-    for t, d, f, e, k, reach in shapes[:1] if c.quick else shapes:
-        x, router, w_in, w_out = leaves(device, dtype, (t, d), (e, d), (e, 2 * f, d), (e, d, f))
-        experts = [[w.detach().clone().requires_grad_() for w in stack] for stack in (w_in, w_out)]
-        ours = forward_backward(partial(moe_ours, top_k=k), x, router, w_in, w_out)
+    for t, d, f, e, k, reach in shapes[:1] if table.config.quick else shapes:
+        x, router, w_in, w_out = leaves(table, (t, d), (e, d), (e, 2 * f, d), (e, d, f))
+        a, b = ([w.detach().clone().requires_grad_() for w in stack] for stack in (w_in, w_out))
+        ours, masks = moe_ours(x, router, w_in, w_out, k), moe_by_masks(x, router, a, b, k)
+        agree("moe", ours, masks, table.tolerance)
         by_masks = lambda x, router, *w, k=k, e=e: moe_by_masks(x, router, w[:e], w[e:], k)
-        reference = forward_backward(by_masks, x, router, *experts[0], *experts[1])
-        agree("moe", moe_ours(x, router, w_in, w_out, k), moe_by_masks(x, router, *experts, k), tolerance(dtype))
-        times = interleave({"reference": reference, "ours": ours}, device, c.repeat or 7)
-        table.faster("C2", f"MoE layer fwd+bwd, T={t} D={d} F={f} E={e} K={k}", times["reference"], times["ours"], reach)
+        times = table.time({
+            "masks": forward_backward(by_masks, x, router, *a, *b),
+            "ours": forward_backward(partial(moe_ours, top_k=k), x, router, w_in, w_out)}, 7)
+        what = f"MoE layer fwd+bwd to a loop with masks, T={t} D={d} F={f} E={e} K={k}"
+        table.faster("C2", what, times["masks"], times["ours"], reach)
 
 
-def bench_infmoe(table, c, device, dtype):
-    """C3, C4, and latency against the activation rate: the paper's figure."""
+def bench_infmoe(table):
+    """The infmoe FFN by activation rate, which is a figure of the paper."""
     t, d, f, dz, k = 1024, 768, 6144, 64, 2
-    x, z, w_in, w_out, w_z = leaves(device, dtype, (t, d), (t, k, dz), (f, d), (d, f), (f, dz))
-    rates = (0.25,) if c.quick else (0.05, 0.25, 0.5, 1.0)
+    x, z, w_in, w_out, w_z = args = leaves(table, (t, d), (t, k, dz), (f, d), (d, f), (f, dz))
     curve = {}
-    for rate in rates:
-        n = max(1, math.floor(rate * f + 0.5))
-        ours, literal = partial(kernels.masked_ffn, n_keep=n, activation="gelu"), partial(infmoe_literal, n_keep=n)
-        args = x, z, w_in, w_out, w_z
-        agree("infmoe", ours(*args), literal(*args), tolerance(dtype))
+    for rate in (0.25,) if table.config.quick else (0.05, 0.25, 0.5, 1.0):
+        n, main, case = max(1, math.floor(rate * f + 0.5)), rate == 0.25, f"N={rate:.0%} K={k}"
+        ours = partial(kernels.masked_ffn, n_keep=n, activation="gelu")
+        literal = partial(infmoe_literal, n_keep=n)
+        agree("infmoe", ours(*args), literal(*args), table.tolerance)
         with torch.no_grad():
-            functions = {"literal": partial(literal, *args), "ours": partial(ours, *args)}
-            functions["dense"] = partial(dense_ffn, x, w_in, w_out)
-            times = interleave(functions, device, c.repeat or 9)
-        curve[rate] = times
-        main = rate == 0.25
-        table.faster("C3", f"infmoe FFN forward, N={rate:.0%} K={k}", times["literal"], times["ours"], ">= 2.6" if main else "")
-        table.row("C3", f"the same against a dense FFN of its width, N={rate:.0%}", times["dense"], times["ours"],
-                  times["ours"] / times["dense"], "<= 1.3" if main else "")
+            times = curve[rate] = table.time({
+                "literal": partial(literal, *args), "ours": partial(ours, *args),
+                "dense": partial(dense_ffn, x, w_in, w_out)}, 9)
+        table.faster("C3", f"infmoe FFN forward to K FFNs with torch.topk, {case}",
+                     times["literal"], times["ours"], ">= 2.6" if main else "")
+        table.row("C3", f"infmoe FFN forward to a dense FFN of its width, {case}",
+                  times["dense"], times["ours"], "<= 1.3" if main else "")
         if main:
-            both = {name: forward_backward(g, *args) for name, g in (("literal", literal), ("ours", ours))}
-            times = interleave(both, device, c.repeat or 5)
-            table.faster("C4", f"infmoe FFN forward + backward, N={rate:.0%} K={k}", times["literal"], times["ours"], ">= 2.0")
+            both = table.time({"literal": forward_backward(literal, *args),
+                               "ours": forward_backward(ours, *args)}, 5)
+            table.faster("C4", f"infmoe FFN fwd+bwd to K FFNs with torch.topk, {case}",
+                         both["literal"], both["ours"], ">= 2.0")
     if len(curve) > 1:
-        draw_latency(curve, c, device)
+        draw_latency(curve, table)
 
 
-def bench_decode(table, c, device, dtype):
-    """C5: one token through the infmoe layer, router and masks on both sides. C8: generation with and without the cache."""
+def draw_latency(curve, table):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print('no picture: pip install -e ".[plot]"')
+    figure = Figure(figsize=(5.5, 3.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    labels = {"literal": "K FFNs with torch.topk", "ours": "ours",
+              "dense": "dense FFN of the same width"}
+    for name, label in labels.items():
+        times = [1e3 * t[name] for t in curve.values()]
+        axes.plot([100 * rate for rate in curve], times, marker="o", markersize=4, label=label)
+    axes.set(xlabel="activation rate N (%)", ylabel="forward latency (ms)", ylim=(0, None))
+    axes.set_title(f"infmoe FFN, {describe(table.device)}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(Path(table.config.out, f"infmoe_latency_{table.device}.png"))
+
+
+def bench_decode(table):
+    """One token through the infmoe layer, and generation with and without the cache."""
+    device = table.device
     for k, reach in ((1, ">= 3.0"), (2, ">= 1.3")):
-        config = ModelConfig(flavour="infmoe", n_layer=1, n_head=12, d_model=768, d_expert=6144, infmoe_samples=k)
+        config = ModelConfig(
+            flavour="infmoe", n_layer=1, n_head=12, d_model=768, d_expert=6144, infmoe_samples=k)
         layer = GPT(config).to(device).eval().blocks[0].ffn
-        args = layer, torch.randn(1, 768, device=device), torch.tensor([1], device=device)
+        args = torch.randn(1, 768, device=device), torch.tensor([1], device=device)
+        ours = lambda x, seeds, layer=layer: layer(x, None, seeds)[0]
+        masked = partial(masked_layer, layer)
         with torch.no_grad():
-            agree("decode", decode_ours(*args), masked_dense(*args), 1e-5)
-            functions = {"reference": partial(masked_dense, *args), "ours": partial(decode_ours, *args)}
-            times = interleave(functions, device, c.repeat or 200)
-        table.faster("C5", f"infmoe layer, one token, N=25% K={k}, to masked dense", times["reference"], times["ours"], reach)
-    model = GPT(ModelConfig(n_layer=6, d_model=384, block_size=1024, vocab_size=257)).to(device).eval()
-    tokens, n = torch.zeros(1, 1, dtype=torch.int64, device=device), 64 if c.quick else 512
-    generate = lambda use_cache: torch.cat(list(model.generate(tokens, n, temperature=0, use_cache=use_cache)), 1)
-    if not torch.equal(generate(True)[:, :64], generate(False)[:, :64]):
-        fail("generation with the cache disagrees with generation without it; nothing was timed")
-    times = {}
-    for use_cache in (False, True):
-        start = clock(device)
-        generate(use_cache)
-        times[use_cache] = clock(device) - start
-    table.faster("C8", f"{n} new tokens with the KV cache, 6 layers", times[False], times[True], "" if c.quick else ">= 8.0")
+            agree("decode", ours(*args), masked(*args), 1e-5)
+            functions = {"masked": partial(masked, *args), "ours": partial(ours, *args)}
+            times = table.time(functions, 200)
+        table.faster("C5", f"infmoe layer, one token, to its whole width masked, N=25% K={k}",
+                     times["masked"], times["ours"], reach)
+    bench_cache(table, 64 if table.config.quick else 512)
 
 
-def masked_dense(layer, x, keys):
-    """The infmoe layer with its whole width computed and masked."""
-    bank, z = layer.bank, layer.router(x, keys)[0].z
-    mask = kernels.topn_mask(z @ bank.w_z["0"].T, bank.n_keep[0]).mean(1)
-    return (mask * moe.activate(x @ bank.w_in[0].T, "gelu")) @ bank.w_out.T
+def masked_layer(layer, x, noise_seeds):
+    """The infmoe layer, its router included, with its whole width computed and masked."""
+    bank, z = layer.bank, layer.router(x, noise_seeds)[0].z
+    return infmoe_masked(x, z, bank.w_in[0], bank.w_out, bank.w_z["0"], bank.n_keep[0])
 
 
-def decode_ours(layer, x, keys):
-    return layer(x, None, keys)[0]
+def bench_cache(table, n):
+    config = ModelConfig(n_layer=6, d_model=384, block_size=1024, vocab_size=257)
+    model = GPT(config).to(table.device).eval()
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=table.device)
+    texts, times = {}, {}
+    for use_cache in (True, False, True):  # the first one only warms up
+        start = clock(table.device)
+        texts[use_cache] = torch.cat(list(model.generate(tokens, n, 0, use_cache=use_cache)), 1)
+        times[use_cache] = clock(table.device) - start
+    if not torch.equal(texts[True][:, :64], texts[False][:, :64]):
+        fail("generation with the cache disagrees with generation without it; no time is given")
+    table.faster("C8", f"{n} new tokens with the KV cache to none, GPT of 6 layers d=384",
+                 times[False], times[True], "" if table.config.quick else ">= 8.0")
 
 
-def training_step(config, device, batch, plain=False):
-    """A closure that takes one optimizer step on a fixed batch, with train.py's defaults for this device (or plain: eager,
-    fp32, unfused). Its `gradient` is one weight's, for the comparison."""
-    torch.manual_seed(0)
-    model = GPT(config).to(device)
-    t = TrainConfig()
-    compiled = not plain and pick_compile(t, torch.device(device), config.n_active_params())[0]
-    dtype = torch.float32 if plain else pick_dtype(t, torch.device(device), compiled)[0]
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not plain, foreach=False)
-    tokens = torch.randint(config.vocab_size, (batch, config.block_size + 1)).to(device)
-
-    def step():
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            out = forward(tokens[:, :-1], tokens[:, 1:])
-        (out.loss + sum(out.aux.values())).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return out.loss
-
-    def gradient():
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            forward(tokens[:, :-1], tokens[:, 1:]).loss.backward()
-        grad = model.blocks[0].attention.qkv.weight.grad
-        optimizer.zero_grad(set_to_none=True)
-        return grad
-
-    step.gradient = gradient
-    return step
-
-
-def bench_train(table, c, device, dtype):
-    """C1, C6, C7, C9: whole training steps, optimizer included."""
-    dense = ModelConfig(n_layer=6, n_head=6, d_model=384, block_size=256, vocab_size=8192)
-    steps = {"plain": training_step(dense, device, 8, plain=True), "ours": training_step(dense, device, 8)}
-    agree("training step", steps["ours"].gradient(), steps["plain"].gradient(), 5e-2)
-    times = interleave(steps, device, c.repeat or 7)
-    table.faster("C1", "training step, GPT 6 layers d=384, against plain eager fp32", times["plain"], times["ours"], ">= 2.2")
-    if c.quick:
-        return
-    base = dict(arch="llama", n_layer=8, n_head=4, d_model=256, d_ff=512, block_size=256, vocab_size=257)
-    models = {"dense": ModelConfig(**base), "vanilla": ModelConfig(flavour="switch", **base),
-              "unipool": ModelConfig(flavour="unipool", **base), "top2": ModelConfig(flavour="topk", d_expert=256, **base)}
-    models["losses"] = dataclasses.replace(models["top2"], specialization_coef=2e-3, coupling_coef=1e-3)
-    times = interleave({name: training_step(m, device, 64) for name, m in models.items()}, device, c.repeat or 5)  # 16k tokens
-    for id, what, reference, ours, reach in (
-            ("C6", "training step, UniPool M = 8 L, against vanilla MoE", "vanilla", "unipool", "<= 1.25"),
-            ("C7", "training step, top 1 of 8, against dense of equal FLOPs", "dense", "vanilla", "<= 1.25"),
-            ("C9", "training step with specialization and coupling, against off", "top2", "losses", "<= 1.05")):
-        table.row(id, what, times[reference], times[ours], times[ours] / times[reference], reach)
-
-
-def bench_pool(table, c, device, dtype):
-    """C10: one layer as the pool grows, time and activation memory; and memory as T grows."""
+def bench_pool(table):
+    """One layer as its pool grows, time and activation memory; and memory as T grows."""
     d, f, t = 256, 512, 16384
-    functions, memory = {}, {}
-    for m in (8, 96):
-        x, router, w_in, w_out = leaves(device, dtype, (t, d), (m, d), (m, 2 * f, d), (m, d, f))
-        functions[m] = forward_backward(partial(moe_ours, top_k=1), x, router, w_in, w_out)
-        memory[m] = saved_bytes(x, router, w_in, w_out)
-    times = interleave(functions, device, c.repeat or 5)
-    table.row("C10", f"one layer fwd+bwd, pool of 96 against 8, T={t}", times[8], times[96], times[96] / times[8], "<= 1.5")
-    table.row("C10", "activations kept for the backward, pool of 96 against 8", memory[8], memory[96], memory[96] / memory[8],
-              "<= 1.25", "B")
-    kept = {}
-    for tokens in (t // 4, t):
-        x, router, w_in, w_out = leaves(device, dtype, (tokens, d), (96, d), (96, 2 * f, d), (96, d, f))
-        kept[tokens] = saved_bytes(x, router, w_in, w_out)
-    table.row("C10", "activations at 4 T against T, pool of 96 (linear: 4)", kept[t // 4], kept[t], kept[t] / kept[t // 4],
-              "<= 4.2", "B")
+    layer = lambda t, m: leaves(table, (t, d), (m, d), (m, 2 * f, d), (m, d, f))
+    small, large = layer(t, 8), layer(t, 96)
+    step = partial(moe_ours, top_k=1)
+    times = table.time({8: forward_backward(step, *small), 96: forward_backward(step, *large)}, 5)
+    table.row("C10", f"one layer fwd+bwd, pool of 96 experts to one of 8, T={t}",
+              times[8], times[96], "<= 1.5")
+    kept = saved_bytes(*large)
+    table.row("C10", "activations kept for backward, pool of 96 experts to one of 8",
+              saved_bytes(*small), kept, "<= 1.25", "B")
+    table.row("C10", "activations kept at 4 T to T, pool of 96 experts (linear: 4)",
+              saved_bytes(*layer(t // 4, 96)), kept, "<= 4.2", "B")
 
 
 def saved_bytes(x, *parameters):
@@ -363,8 +351,9 @@ def saved_bytes(x, *parameters):
     kept, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
 
     def pack(x):
-        if x.untyped_storage().data_ptr() not in own:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -373,221 +362,261 @@ def saved_bytes(x, *parameters):
     return sum(kept.values())
 
 
-def leaves(device, dtype, *shapes):
-    """Random tensors that need gradients; weights (all but the first) at the scale of an initialised layer."""
-    generator = torch.Generator().manual_seed(0)
-    scales = [1.0] + [1.0 if len(s) == 3 and s[-1] <= 128 else s[-1] ** -0.5 for s in shapes[1:]]
-    tensors = [torch.randn(s, generator=generator) * scale for s, scale in zip(shapes, scales)]
-    return [x.to(device, dtype).requires_grad_() for x in tensors]
+# ---- training steps
+
+def training_step(config, device, batch, plain=False):
+    """A closure that takes one optimizer step on a fixed batch, with train.py's defaults for this
+    device (plain: eager, fp32, unfused). Its `gradient` is one weight's, for the comparison."""
+    torch.manual_seed(0)
+    model, t, place = GPT(config).to(device), TrainConfig(), torch.device(device)
+    compiled = not plain and machine.pick_compile(t, place, config.n_active_params())[0]
+    dtype = torch.float32 if plain else machine.pick_dtype(t, place, compiled)[0]
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not plain, foreach=False)
+    tokens = torch.randint(config.vocab_size, (batch, config.block_size + 1)).to(device)
+
+    def forward_pass():
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return forward(tokens[:, :-1], tokens[:, 1:])
+
+    def step():
+        out = forward_pass()
+        (out.loss + sum(out.aux.values())).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return out.loss
+
+    def gradient():
+        forward_pass().loss.backward()
+        grad = model.blocks[0].attention.qkv.weight.grad
+        optimizer.zero_grad(set_to_none=True)
+        return grad
+
+    step.gradient = gradient
+    return step
 
 
-def draw_latency(curve, c, device):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+def bench_train(table):
+    """Whole training steps, optimizer included."""
+    dense = ModelConfig(n_layer=6, n_head=6, d_model=384, block_size=256, vocab_size=8192)
+    steps = {"plain": training_step(dense, table.device, 8, plain=True),
+             "ours": training_step(dense, table.device, 8)}
+    agree("training step", steps["ours"].gradient(), steps["plain"].gradient(), 5e-2)
+    times = table.time(steps, 7)
+    table.faster("C1", "training step to plain eager fp32, GPT of 6 layers d=384",
+                 times["plain"], times["ours"], ">= 2.2")
+    if table.config.quick:
         return
-    figure = Figure(figsize=(5.5, 3.8), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("literal", "K FFNs with torch.topk"), ("ours", "ours"), ("dense", "dense FFN of the same width")):
-        axes.plot([100 * r for r in curve], [1e3 * t[name] for t in curve.values()], marker="o", markersize=4, label=label)
-    axes.set(xlabel="activation rate N (%)", ylabel="forward latency (ms)", ylim=(0, None))
-    axes.set_title(f"infmoe FFN, {describe(device)}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    Path(c.out).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(c.out, f"infmoe_latency_{device}.png"))
+    base = ModelConfig(
+        arch="llama", n_layer=8, n_head=4, d_model=256, d_ff=512, block_size=256, vocab_size=257)
+    top2 = dataclasses.replace(base, flavour="topk", d_expert=256)
+    models = {
+        "dense": base,
+        "vanilla": dataclasses.replace(base, flavour="switch"),
+        "unipool": dataclasses.replace(base, flavour="unipool"),
+        "top2": top2,
+        "losses": dataclasses.replace(top2, specialization_coef=2e-3, coupling_coef=1e-3)}
+    steps = {name: training_step(m, table.device, 64) for name, m in models.items()}  # 16k tokens
+    times = table.time(steps, 5)
+    table.row("C6", "training step of UniPool (M = 8 L) to vanilla MoE",
+              times["vanilla"], times["unipool"], "<= 1.25")
+    table.row("C7", "training step of a MoE, top 1 of 8, to dense of equal FLOPs",
+              times["dense"], times["vanilla"], "<= 1.25")
+    table.row("C9", "training step with specialization and coupling losses to without",
+              times["top2"], times["losses"], "<= 1.05")
 
 
-BENCHES = {"moe": bench_moe, "infmoe": bench_infmoe, "decode": bench_decode, "train": bench_train, "pool": bench_pool}
+BENCHES = {"moe": bench_moe, "infmoe": bench_infmoe, "decode": bench_decode, "train": bench_train,
+           "pool": bench_pool}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# On a GPU: G1 to G7
+# ---- on a GPU
 
-def bench_gpu_layer(table, c, device, dtype):
-    """G1, G2: the Triton layer against grouped_mm and against a dense FFN of equal FLOPs, time and memory."""
-    t, shapes = 32768, [(768, 3072, 8, 1), (768, 3072, 96, 1), (1024, 512, 64, 8), (2048, 768, 128, 8)]
-    for d, f, e, k in shapes[:1] if c.quick else shapes:
-        x, router, w_in, w_out = leaves(device, dtype, (t, d), (e, d), (e, 2 * f, d), (e, d, f))
-        layer = {"triton": partial(moe_ours, top_k=k, backend="triton"), "grouped": partial(moe_by_grouped_mm, top_k=k)}
-        agree("triton", layer["triton"](x, router, w_in, w_out), layer["grouped"](x, router, w_in, w_out), 2e-2)
-        runs = {name: forward_backward(g, x, router, w_in, w_out) for name, g in layer.items()}
-        rows, a, b = leaves(device, dtype, (t * k, d), (2 * f, d), (d, f))
-        runs["dense"] = forward_backward(lambda x, a, b: moe.activate(x @ a.T, "swiglu") @ b.T, rows, a, b)
-        times = interleave(runs, device, c.repeat or 20)
-        what = f"MoE layer fwd+bwd D={d} F={f} E={e} K={k}"
-        table.faster("G1", f"{what}, against grouped_mm", times["grouped"], times["triton"], ">= 1.2")
-        table.faster("G1", f"{what}, share of cuBLAS", times["dense"], times["triton"], ">= 0.7")
-        memory = {name: peak_bytes(runs[name], (x, router, w_in, w_out)) for name in layer}
-        table.row("G2", f"peak activation memory, E={e} K={k}", memory["grouped"], memory["triton"],
-                  memory["triton"] / memory["grouped"], "<= 0.6", "B")
+def bench_gpu_layer(table):
+    """The Triton layer to grouped_mm and to a dense FFN of equal FLOPs, time and memory."""
+    t = 32768
+    shapes = [(768, 3072, 8, 1), (768, 3072, 96, 1), (1024, 512, 64, 8), (2048, 768, 128, 8)]
+    for d, f, e, k in shapes[:1] if table.config.quick else shapes:
+        args = leaves(table, (t, d), (e, d), (e, 2 * f, d), (e, d, f))
+        ours = partial(moe_ours, top_k=k, backend="triton")
+        grouped = partial(moe_by_grouped_mm, top_k=k)
+        agree("triton", ours(*args), grouped(*args), 2e-2)
+        functions = {"triton": ours, "grouped": grouped}
+        steps = {name: forward_backward(g, *args) for name, g in functions.items()}
+        memory = {name: peak_bytes(step, args) for name, step in steps.items()}
+        dense = partial(dense_ffn, activation="swiglu")
+        steps["dense"] = forward_backward(dense, *leaves(table, (t * k, d), (2 * f, d), (d, f)))
+        times = table.time(steps, 20)
+        case = f"D={d} F={f} E={e} K={k}"
+        table.faster("G1", f"Triton MoE layer fwd+bwd to grouped_mm, {case}",
+                     times["grouped"], times["triton"], ">= 1.2")
+        table.faster("G1", f"Triton MoE layer fwd+bwd to dense of equal FLOPs, {case}",
+                     times["dense"], times["triton"], ">= 0.7")
+        table.row("G2", f"peak activation memory to grouped_mm, {case}",
+                  memory["grouped"], memory["triton"], "<= 0.6", "B")
 
 
 def peak_bytes(step, parameters):
     """Peak memory of a step beyond what stood before it and the gradients of its inputs."""
+    step()  # compilation and autotuning take memory of their own
     for p in parameters:
         p.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
-    return torch.cuda.max_memory_allocated() - before - sum(p.numel() * p.element_size() for p in parameters)
+    own = sum(p.numel() * p.element_size() for p in parameters)
+    return torch.cuda.max_memory_allocated() - before - own
 
 
-def infmoe_inside(x, z, w_in, w_out, w_z, n_keep):
-    """The sum moved inside W_2, in plain torch: what torch.compile is given for comparison (b)."""
-    scores = z @ w_z.T  # (T, K, F)
-    threshold = scores.kthvalue(scores.shape[-1] - n_keep + 1, dim=-1, keepdim=True).values
-    mask = (scores * (scores >= threshold)).mean(1)
-    return (mask * moe.activate(x @ w_in.T, "gelu")) @ w_out.T
-
-
-def bench_gpu_infmoe(table, c, device, dtype):
-    """G3: the masked FFN, forward and forward + backward, over activation rates and samples."""
-    t, d, f, dz = 16384, 768, 6144, 64
-    compiled, curve = torch.compile(infmoe_inside), {}
-    for k in (2,) if c.quick else (1, 2, 4):
-        x, z, w_in, w_out, w_z = leaves(device, dtype, (t, d), (t, k, dz), (f, d), (d, f), (f, dz))
-        for rate in (0.25,) if c.quick else (0.05, 0.25, 0.5, 1.0):
-            n = max(1, math.floor(rate * f + 0.5))
-            args = x, z, w_in, w_out, w_z
-            functions = {"literal": partial(infmoe_literal, n_keep=n), "inside": partial(compiled, n_keep=n),
-                         "ours": partial(kernels.masked_ffn, n_keep=n, activation="gelu", backend="triton")}
+def bench_gpu_infmoe(table):
+    """The masked FFN, forward and backward, over activation rates and samples."""
+    t, d, f, dz, quick = 16384, 768, 6144, 64, table.config.quick
+    compiled = torch.compile(infmoe_inside)
+    for k in (2,) if quick else (1, 2, 4):
+        args, forward = leaves(table, (t, d), (t, k, dz), (f, d), (d, f), (f, dz)), []
+        for rate in (0.25,) if quick else (0.05, 0.25, 0.5, 1.0):
+            n, case = max(1, math.floor(rate * f + 0.5)), f"N={rate:.0%} K={k}"
+            ours = partial(kernels.masked_ffn, n_keep=n, activation="gelu", backend="triton")
+            functions = {"literal": partial(infmoe_literal, n_keep=n),
+                         "inside": partial(compiled, n_keep=n), "ours": ours}
             for name in ("ours", "inside"):
                 agree(name, functions[name](*args), functions["literal"](*args), 3e-2)
             with torch.no_grad():
-                forward = interleave({m: partial(g, *args) for m, g in functions.items()}, device, c.repeat or 10)
-            both = interleave({m: forward_backward(g, *args) for m, g in functions.items()}, device, c.repeat or 10)
-            for label, times in (("forward", forward), ("fwd+bwd", both)):
-                what = f"infmoe FFN {label}, N={rate:.0%} K={k}"
-                table.faster("G3", f"{what}, against literal", times["literal"], times["ours"], ">= 2.0")
-                table.faster("G3", f"{what}, against compiled", times["inside"], times["ours"], "> 1.0")
-            curve[k, rate] = forward["ours"]
-    for k in sorted({k for k, _ in curve}):
-        times = [s for (kk, _), s in curve.items() if kk == k]
-        table.row("G3", f"slowest over fastest rate, K={k} (flat)", min(times), max(times), max(times) / min(times), "<= 1.1")
+                times = table.time({m: partial(g, *args) for m, g in functions.items()}, 10)
+            infmoe_rows(table, f"forward, {case}", times)
+            forward.append(times["ours"])
+            both = {m: forward_backward(g, *args) for m, g in functions.items()}
+            infmoe_rows(table, f"fwd+bwd, {case}", table.time(both, 10))
+        table.row("G3", f"infmoe FFN forward, slowest to fastest rate, K={k} (flat)",
+                  min(forward), max(forward), "<= 1.1")
 
 
-def bench_gpu_train(table, c, device, dtype):
-    """G4, G5, G6: tokens a second of whole training steps, and model FLOPs at the card's peak."""
-    peak = peak_flops(torch.device("cuda"))
-    rounds = c.repeat or 8
+def infmoe_rows(table, case, times):
+    table.faster("G3", f"infmoe FFN to K FFNs with torch.topk, {case}",
+                 times["literal"], times["ours"], ">= 2.0")
+    table.faster("G3", f"infmoe FFN to torch.compile of the sum inside, {case}",
+                 times["inside"], times["ours"], "> 1.0")
+
+
+def bench_gpu_train(table):
+    """Tokens a second of whole training steps, and model FLOPs beside the card's peak."""
     speed = {}
-    plain = [(name, {}) for name in ("gpt2_small", "llama_182m", "moe_182m", "unipool_182m", "infmoe_small")]
-    for config_name, overrides in [*plain, ("gpt2_small", dict(d_ff=6144))]:
-        parsed = parse(ModelConfig, TrainConfig, argv=[f"config/{config_name}.py"], words=("config",))
-        given = {**parsed.given, **overrides}
-        config = ModelConfig(**{k: v for k, v in given.items() if k in ModelConfig.__dataclass_fields__})
-        step = training_step(config, device, 16)
-        seconds = interleave({"step": step}, device, rounds)["step"]
-        speed[config_name + "-wide" * bool(overrides)] = (16 * config.block_size / seconds, config, step().item())
-        del step
-        torch.cuda.empty_cache()
-    tokens, config, _ = speed["gpt2_small"]
+    for name in ("gpt2_small", "llama_182m", "moe_182m", "unipool_182m", "infmoe_small"):
+        parsed = parse(ModelConfig, TrainConfig, argv=[f"config/{name}.py"], words=("config",))
+        speed[name] = tokens_per_second(table, parsed.make(ModelConfig))
+        if name == "gpt2_small":
+            small = parsed.make(ModelConfig)
+    speed["wide"] = tokens_per_second(table, dataclasses.replace(small, d_ff=6144))
+    peak = machine.peak_flops(torch.device("cuda"))
+    flops = speed["gpt2_small"][0] * machine.flops_per_token(small)
     if peak:
-        table.row("G4", "GPT-2 124M training, share of the peak (MFU)", peak, tokens * flops_per_token(config),
-                  tokens * flops_per_token(config) / peak, ">= 0.42", "")
-    for id, ours, reference, reach in (("G5", "moe_182m", "llama_182m", ">= 0.8"), ("G5", "unipool_182m", "llama_182m", ">= 0.8"),
-                                       ("G6", "infmoe_small", "gpt2_small-wide", ">= 0.85")):
-        (theirs, *_), (mine, _, loss) = speed[reference], speed[ours]
-        table.row(id, f"tokens/s, {ours} against {reference}", theirs, mine, mine / theirs, reach, "", loss=loss)
+        what = "GPT-2 124M training, FLOP/s to the card's peak"
+        table.row("G4", what, peak, flops, ">= 0.42", "")
+    for id, ours, reference, title, reach in (
+            ("G5", "moe_182m", "llama_182m", "dense", ">= 0.8"),
+            ("G5", "unipool_182m", "llama_182m", "dense", ">= 0.8"),
+            ("G6", "infmoe_small", "wide", "dense of its width", ">= 0.85")):
+        (mine, loss), (theirs, _) = speed[ours], speed[reference]
+        what = f"tokens a second in training, {ours} to {title}"
+        table.row(id, what, theirs, mine, reach, "", loss=loss)
 
 
-def bench_gpu_decode(table, c, device, dtype):
-    """G7: infmoe decoding, batch 1 and 8, against masked dense."""
+def tokens_per_second(table, config):
+    """-> (tokens a second of a training step of 16 sequences, the last loss)"""
+    step = training_step(config, table.device, 16)
+    seconds = table.time({"step": step}, 8)["step"]
+    loss = step().item()
+    del step
+    torch.cuda.empty_cache()
+    return 16 * config.block_size / seconds, loss
+
+
+def bench_gpu_decode(table):
+    """infmoe decoding, batch 1 and 8."""
     for batch in (1, 8):
-        args = leaves(device, dtype, (batch, 768), (batch, 1, 64), (6144, 768), (768, 6144), (6144, 64))
-        x, z, w_in, w_out, w_z = args
-        masked = lambda x=x, z=z, w_in=w_in, w_out=w_out, w_z=w_z: (
-            kernels.topn_mask(z @ w_z.T, 1536).mean(1) * moe.activate(x @ w_in.T, "gelu")) @ w_out.T
-        functions = {"reference": masked, "ours": partial(kernels.masked_ffn, *args, 1536, "gelu")}
+        shapes = (batch, 768), (batch, 1, 64), (6144, 768), (768, 6144), (6144, 64)
+        args = *leaves(table, *shapes), 1536
+        functions = {"masked": partial(infmoe_masked, *args),
+                     "ours": partial(kernels.masked_ffn, *args, "gelu")}
         with torch.no_grad():
-            agree("decode", functions["ours"](), functions["reference"](), 3e-2)
-            times = interleave(functions, device, c.repeat or 200)
-        table.faster("G7", f"infmoe decoding, batch {batch}, N=25% K=1", times["reference"], times["ours"], ">= 2.0")
+            agree("decode", functions["ours"](), functions["masked"](), 3e-2)
+            times = table.time(functions, 200)
+        table.faster("G7", f"infmoe decoding to its whole width masked, batch {batch}, N=25% K=1",
+                     times["masked"], times["ours"], ">= 2.0")
 
 
-GPU_BENCHES = {"gpu_layer": bench_gpu_layer, "gpu_infmoe": bench_gpu_infmoe, "gpu_train": bench_gpu_train,
-               "gpu_decode": bench_gpu_decode}
-SHORT_RUN = ["--dataset=data/stdlib", "--max_steps=60", "--batch_tokens=131072", "--micro_batch=16", "--warmup_steps=10",
-             "--eval_every=20", "--eval_tokens=131072", "--save_every=0", "--log_every=5", "--overwrite"]
+GPU_BENCHES = {"gpu_layer": bench_gpu_layer, "gpu_infmoe": bench_gpu_infmoe,
+               "gpu_train": bench_gpu_train, "gpu_decode": bench_gpu_decode}
+SHORT_RUN = ["--dataset=data/stdlib", "--max_steps=60", "--batch_tokens=131072", "--micro_batch=16",
+             "--warmup_steps=10", "--eval_every=20", "--eval_tokens=131072", "--save_every=0",
+             "--log_every=5", "--overwrite"]
 
 
-def gpu_check(c):
-    """Everything that wants a GPU, in the order of what matters most, printed as it goes; under nine minutes."""
-    begin, out = time.monotonic(), Path(c.out)
-
-    def left(seconds, what):
-        enough = 530 - (time.monotonic() - begin) > seconds
-        print(f"\n=== {what}" + ("" if enough else ": left out, the nine minutes are nearly over"), flush=True)
-        return enough
-
-    def command(what, words, seconds):
-        if not left(seconds, what):
-            return
+def gpu_check(config):
+    """All that wants a GPU, what matters most first, a process each; nine minutes at most."""
+    train = lambda name: ["train.py", f"config/{name}.py", f"--out_dir=out/gpu-{name}", *SHORT_RUN]
+    commands = [
+        ["kernels.py"],
+        *(["-m", "lab.bench", name, f"--out={config.out}"] for name in GPU_BENCHES),
+        ["-m", "pytest", "-q", "-m", "gpu"],
+        ["prepare_data.py", "stdlib", "--overwrite"],
+        *map(train, ("gpt2_small", "moe_182m", "unipool_182m", "infmoe_small"))]
+    end = time.monotonic() + 540
+    for words in commands:
+        print(f"\n=== python {' '.join(words)}", flush=True)
+        limit = min(150, end - time.monotonic())
         try:
-            limit = min(seconds * 3, 560 - (time.monotonic() - begin))
-            run = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit)
-            text, how = run.stdout.decode(), f"exit code {run.returncode}"
-        except subprocess.TimeoutExpired as error:
-            text, how = (error.stdout or b"").decode(), f"stopped after {limit:.0f} s"
-        with open(out / "gpu_check.log", "a") as log:
-            log.write(f"=== {what}\n{text}\n{how}\n")
-        print(text[-3000:] + f"\n{how}", flush=True)
-
-    command("kernel parity", [sys.executable, "kernels.py"], 60)
-    for name, bench in GPU_BENCHES.items():
-        if left(70, name):
-            try:
-                run_bench(name, bench, c, "cuda", torch.bfloat16)
-            except (Exception, SystemExit) as error:  # one broken table must not cost the others
-                print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
-    command("tests that want a GPU", [sys.executable, "-m", "pytest", "-q", "-m", "gpu"], 60)
-    command("data", [sys.executable, "prepare_data.py", "stdlib", "--overwrite"], 20)
-    for config in ("gpt2_small", "moe_182m", "unipool_182m", "infmoe_small"):
-        words = [sys.executable, "train.py", f"config/{config}.py", f"--out_dir=out/gpu-{config}", *SHORT_RUN]
-        command(f"train {config}", words, 45)
+            code = subprocess.run([sys.executable, *words], timeout=max(1, limit)).returncode
+            print(f"exit code {code}", flush=True)
+        except subprocess.TimeoutExpired:
+            print(f"stopped after {limit:.0f} s", flush=True)
 
 
-def run_bench(name, bench, c, device, dtype):
-    table = Table(name, c, device)
+# ---- the command line
+
+def run_bench(name, bench, config, device):
+    table = Table(name, config, device)
     try:
-        bench(table, c, device, dtype)
+        bench(table)
     finally:
         if table.rows:
             table.save()
 
 
+def run_benches(name, config, device):
+    if name in GPU_BENCHES:
+        return run_bench(name, GPU_BENCHES[name], config, "cuda")
+    for each in BENCHES if name == "all" else [name]:
+        run_bench(each, BENCHES[each], config, device)
+
+
 def main():
     parsed = parse(BenchConfig, words=("bench",), doc=__doc__)
-    c, name = parsed.make(BenchConfig), "all" if parsed.words["bench"] is None else parsed.words["bench"]
+    config, name = parsed.make(BenchConfig), parsed.words["bench"]
+    name = "all" if name is None else name
     if name not in (*BENCHES, *GPU_BENCHES, "all", "gpu_check"):
         fail(f"unknown bench '{name}': expected {', '.join([*BENCHES, 'all', 'gpu_check'])}")
     if name in (*GPU_BENCHES, "gpu_check") and not torch.cuda.is_available():
-        fail(f"{name} needs a CUDA device, and this torch sees none; `make test` and `make bench` check what a CPU can")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`: the lock goes
+        fail(f"{name} needs a CUDA device, and this torch sees none; "
+             "`make test` and `make bench` check what a CPU can")
+    # TERM ends by way of `finally`: the lock goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        device = "cpu" if c.device == "auto" and not torch.cuda.is_available() else pick_device(c.device).type
-        if c.threads:
-            torch.set_num_threads(c.threads)
-        keep_memory()  # as train.py does
-        Path(c.out).mkdir(parents=True, exist_ok=True)
+        on_cpu = config.device == "auto" and not torch.cuda.is_available()
+        device = "cpu" if on_cpu else machine.pick_device(config.device).type
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        machine.keep_memory()  # as train.py does
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        if name == "gpu_check":
+            return gpu_check(config)
         with timing_lock():
-            run_benches(name, c, device)
+            run_benches(name, config, device)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-
-
-def run_benches(name, c, device):
-    if name == "gpu_check":
-        return gpu_check(c)
-    if name in GPU_BENCHES:
-        return run_bench(name, GPU_BENCHES[name], c, "cuda", torch.bfloat16)
-    for each in BENCHES if name == "all" else [name]:
-        run_bench(each, BENCHES[each], c, device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 
 if __name__ == "__main__":
