@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_atomically(path, write):
-    """write(file) into a temporary file, which then takes the place of `path`: never half a file."""
+    """write(file) into a temporary file that then takes the place of `path`: never half a file."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

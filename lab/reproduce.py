@@ -1,13 +1,14 @@
-"""Do the papers' claims hold at a scale anyone can run? Runs with seeds, matched budgets, and a report made from their records.
+"""Do the papers' claims hold at a scale anyone can run? Seeds, equal budgets, and a report.
 
-    python -m lab.reproduce --list                       # what there is to run, and what is done
-    python -m lab.reproduce --only=a,b --seeds=1,2,3     # the runs of claims a and b
-    python -m lab.reproduce --minutes=60 --jobs=2        # as many as fit, two at a time; the rest resumes next time
-    python -m lab.reproduce --report                     # results/claims.md and its figures from results/runs/, in seconds
+    python -m lab.reproduce --list                    # what there is to run, and what is done
+    python -m lab.reproduce --only=a,b --seeds=1,2,3  # the experiments of claims a and b
+    python -m lab.reproduce --minutes=60 --jobs=2     # as many as fit, two at a time
+    python -m lab.reproduce --report                  # results/claims.md and its figures
 
-A run is train.py's own, in a folder under out/; its record is one small file in results/runs/. Finished runs are skipped,
-interrupted ones resumed, and records or checkpoints of other settings than the table's count for nothing. While
-out/timing.lock exists (bench.py holds it), running ones are paused.
+A run is train.py's own, in a folder under out/reproduce; its record is one small file in
+results/runs/, and the report is made of these alone. Finished runs are skipped, interrupted ones
+resumed; records and checkpoints of other settings than the table's count for nothing. While
+out/timing.lock exists (lab.bench holds it), all runs pause.
 """
 import ast
 import contextlib
@@ -17,43 +18,56 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 
 from lab import write_atomically
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is run. Widths are shares of the dense FFN's (`width`), so that one table serves every size.
-# init_std at cpu size is 0.02 * sqrt(768 / 64): 0.02 belongs to GPT-2's width of 768. With 0.02 at width 64 seeds
-# ended up to 0.1 apart (results/log.md).
+# ---- what is run
 
+# Widths are shares of the dense FFN's (`width`), so that one table serves every size. init_std at
+# cpu size is 0.02 * sqrt(768 / 64), as 0.02 belongs to GPT-2's width of 768; with 0.02 at width 64
+# seeds ended up to 0.1 apart (results/log.md).
 SIZES = {
-    "cpu": dict(dataset="data/stdlib", arch="llama", n_layer=8, n_head=2, d_model=64, d_ff=128, block_size=128, vocab_size=257,
-                init_std=0.07, batch_tokens=2048, micro_batch=16, max_steps=500, warmup_steps=40, min_lr=0.0, weight_decay=0.1,
-                eval_every=100, eval_tokens=65536, save_every=100, log_every=10, device="cpu", dtype="float32", compile="false"),
-    "gpu": dict(dataset="data/packages", arch="llama", n_layer=8, n_head=8, n_kv_head=4, d_model=512, d_ff=1024, block_size=512,
-                vocab_size=50304, batch_tokens=65536, micro_batch=32, max_steps=480, warmup_steps=40, weight_decay=0.1,
-                eval_every=60, eval_tokens=1048576, save_every=240, log_every=10),
+    "cpu": dict(
+        dataset="data/stdlib", arch="llama", n_layer=8, n_head=2, d_model=64, d_ff=128,
+        block_size=128, vocab_size=257, init_std=0.07, batch_tokens=2048, micro_batch=16,
+        max_steps=500, warmup_steps=40, min_lr=0.0, weight_decay=0.1, eval_every=100,
+        eval_tokens=65536, save_every=100, log_every=10, device="cpu", dtype="float32",
+        compile="false"),
+    "gpu": dict(
+        dataset="data/packages", arch="llama", n_layer=8, n_head=8, n_kv_head=4, d_model=512,
+        d_ff=1024, block_size=512, vocab_size=50304, batch_tokens=65536, micro_batch=32,
+        max_steps=480, warmup_steps=40, weight_decay=0.1, eval_every=60, eval_tokens=1048576,
+        save_every=240, log_every=10),
 }
 LR = {"cpu": {"dense": 8e-3, "moe": 4e-3, "unipool": 4e-3, "infmoe": 8e-3},
       "gpu": {"dense": 1e-3, "moe": 1e-3, "unipool": 1e-3, "infmoe": 1e-3}}
-SWEPT, SWEEP = ("dense", "vanilla", "unipool", "infmoe"), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # the same for all, half the steps
+SWEPT = ("dense", "vanilla", "unipool", "infmoe")
+SWEEP = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # learning rates, the same for all, in half the steps
 
-DENSE, VANILLA, INFMOE = dict(flavour="dense"), dict(flavour="switch"), dict(flavour="infmoe", infmoe_dz=32)
+DENSE, VANILLA = dict(flavour="dense"), dict(flavour="switch")
+INFMOE = dict(flavour="infmoe", infmoe_dz=32)
 UNIPOOL = dict(flavour="unipool")  # the pool loss of raw scores, as published
 SHORT = INFMOE | dict(steps=0.5)  # half of the tokens: where infinity-MoE is explored
-TOP2 = dict(flavour="topk", width=0.5)  # 8 experts of half width, two of them: vanilla's active width
+TOP2 = dict(flavour="topk", width=0.5)  # 2 of 8 experts of half width
 SHARED = dict(flavour="switch", pool_groups=1, n_experts=64)  # one pool, everything else as vanilla
 DEEP = dict(n_layer=12)
-SP, CP, PATH = dict(specialization_coef=2e-3), dict(coupling_coef=1e-3), dict(coupling_coef=1e-3, coupling="path")
+DEEP_INFMOE = SHORT | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25))
+SP, CP = dict(specialization_coef=2e-3), dict(coupling_coef=1e-3)
+PATH = CP | dict(coupling="path")
+POOL2 = UNIPOOL | dict(n_experts=64, top_k=2, width=0.5)
+ALWAYS_ON = dict(flavour="deepseek", width=0.5, top_k=2)
 
-RUNS = {  # name: (claims, overrides)
+EXPERIMENTS = {  # name: (claims, overrides)
     "dense": ("ae", DENSE),
     "vanilla": ("abcdfgh", VANILLA),
     "unipool": ("abcdgh", UNIPOOL),
@@ -61,7 +75,7 @@ RUNS = {  # name: (claims, overrides)
     "vanilla-12": ("acg", VANILLA | DEEP),
     "unipool-12": ("acg", UNIPOOL | DEEP),
     "vanilla-bias": ("b", VANILLA | dict(router="sigmoid", balance="bias")),  # DeepSeek's balancing
-    "vanilla-norm": ("b", VANILLA | dict(router="norm", balance_scores="normalised")),  # unipool-G8 is this with raw scores
+    "vanilla-norm": ("b", VANILLA | dict(router="norm", balance_scores="normalised")),
     "shared-layer": ("b", SHARED),
     "shared-pool": ("b", SHARED | dict(balance="pool")),
     "unipool-G8": ("b", UNIPOOL | dict(pool_groups=8, n_experts=8)),
@@ -77,13 +91,13 @@ RUNS = {  # name: (claims, overrides)
     "unipool-16/2": ("d", UNIPOOL | dict(n_experts=128, top_k=2, width=0.5)),
     "vanilla-32/4": ("d", VANILLA | dict(n_experts=32, top_k=4, width=0.25)),
     "unipool-32/4": ("d", UNIPOOL | dict(n_experts=256, top_k=4, width=0.25)),
-    "dense-1.5": ("e", DENSE | dict(ffn=1.5)),  # as many active parameters as infmoe with its router
+    "dense-1.5": ("e", DENSE | dict(ffn=1.5)),  # as infmoe with its router
     "dense-wide": ("e", DENSE | dict(ffn=2)),  # equal total
     "switch-2": ("e", VANILLA | dict(n_experts=2)),  # equal total, equal active
     "top2-of-4": ("e", TOP2 | dict(n_experts=4)),  # the paper's MoE: equal total, equal active
     "infmoe": ("eh", INFMOE),
-    "infmoe-no-topn": ("e", INFMOE | dict(infmoe_rate=1.0, infmoe_mean=True)),  # a low-rank gated FFN
-    "infmoe-no-noise": ("e", INFMOE | dict(infmoe_rate=0.5, infmoe_mean=True)),  # as many neurons as two samples of 25 %
+    "infmoe-no-topn": ("e", INFMOE | dict(infmoe_rate=1.0, infmoe_mean=True)),
+    "infmoe-no-noise": ("e", INFMOE | dict(infmoe_rate=0.5, infmoe_mean=True)),
     "dense-short": ("e2", DENSE | dict(steps=0.5)),
     "infmoe-short": ("e2e3h", SHORT),
     "infmoe-K1": ("e2", SHORT | dict(infmoe_samples=1)),
@@ -93,13 +107,13 @@ RUNS = {  # name: (claims, overrides)
     "infmoe-dz8": ("e2", SHORT | dict(infmoe_dz=8)),
     "infmoe-dz64": ("e2", SHORT | dict(infmoe_dz=64)),
     "infmoe-pre": ("e3", SHORT | dict(infmoe_mask="pre")),
-    "infmoe-deep": ("e3", SHORT | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25))),
-    "infmoe-deep-shared": ("e3", SHORT | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_z="shared")),
-    "infmoe-deep-hier": ("e3", SHORT | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_z="hierarchical")),
-    "infmoe-deep-pre": ("e3", SHORT | dict(infmoe_depth=2, width=1, infmoe_rate=(0.5, 0.25), infmoe_mask="pre")),
+    "infmoe-deep": ("e3", DEEP_INFMOE),
+    "infmoe-deep-shared": ("e3", DEEP_INFMOE | dict(infmoe_z="shared")),
+    "infmoe-deep-hier": ("e3", DEEP_INFMOE | dict(infmoe_z="hierarchical")),
+    "infmoe-deep-pre": ("e3", DEEP_INFMOE | dict(infmoe_mask="pre")),
     "infmoe-mixture": ("e3", SHORT | dict(infmoe_components=4)),
     "infmoe-balance": ("e3", SHORT | dict(balance="layer")),
-    "infmoe-pool": ("e3h", SHORT | dict(pool_groups=1, width=16, infmoe_rate=1 / 32)),  # one W_1, W_2, W_z for all layers
+    "infmoe-pool": ("e3h", SHORT | dict(pool_groups=1, width=16, infmoe_rate=1 / 32)),  # one bank
     "top2": ("f", TOP2),
     "top2-sp": ("f", TOP2 | SP),
     "top2-cp": ("f", TOP2 | CP),
@@ -108,37 +122,40 @@ RUNS = {  # name: (claims, overrides)
     "top2-sp-path": ("f", TOP2 | SP | PATH),
     "top2-z": ("f2", TOP2 | dict(z_coef=1e-3)),
     "top2-z-sp-cp": ("f2", TOP2 | SP | CP | dict(z_coef=1e-3)),
-    "shared-expert": ("f2", dict(flavour="deepseek", width=0.5, top_k=2)),
-    "shared-expert-sp-cp": ("f2", dict(flavour="deepseek", width=0.5, top_k=2) | SP | CP),
-    "pool2": ("f2h", UNIPOOL | dict(n_experts=64, top_k=2, width=0.5)),
-    "pool2-sp-cp": ("f2", UNIPOOL | dict(n_experts=64, top_k=2, width=0.5) | SP | CP),
-    "pool2-sp-path": ("h", UNIPOOL | dict(n_experts=64, top_k=2, width=0.5) | SP | PATH),
+    "shared-expert": ("f2", ALWAYS_ON),
+    "shared-expert-sp-cp": ("f2", ALWAYS_ON | SP | CP),
+    "pool2": ("f2h", POOL2),
+    "pool2-sp-cp": ("f2", POOL2 | SP | CP),
+    "pool2-sp-path": ("h", POOL2 | SP | PATH),
     "tune-top2": ("f3", TOP2 | dict(tune="top2")),  # a trained model goes on with other text
     "tune-top2-sp-cp": ("f3", TOP2 | SP | CP | dict(tune="top2")),
-    "unipool-stale": ("h", UNIPOOL | dict(stale=True)),  # f of the previous micro-batch, as the paper's code does
-    "unipool-local": ("h", UNIPOOL | dict(micro_batch=2)),  # balance over 2 sequences at a time, as on 8 ranks without all-reduce
-    "unipool-8x": ("h", UNIPOOL | dict(balance_coef=8e-2)),  # the pool loss once in every layer: 8 times as strong
+    "unipool-stale": ("h", UNIPOOL | dict(stale=True)),  # f of the last micro-batch
+    "unipool-local": ("h", UNIPOOL | dict(micro_batch=2)),  # balance over 2 sequences
+    "unipool-8x": ("h", UNIPOOL | dict(balance_coef=8e-2)),  # the pool loss in every layer
     "unipool-normalised": ("ah", UNIPOOL | dict(balance_scores="normalised")),
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is claimed: the left side is below the right one. A side is RUN or RUN:MEASURE (of its record; else the validation loss).
+# ---- what is claimed
 
-ROUTING_COLUMNS = ("balance", "entropy", "max_share", "dead_share", "sigma", "mu_spread")  # kept from log.csv
+# kept from log.csv; imbalance was called balance once
+ROUTING_COLUMNS = (
+    "imbalance", "balance", "entropy", "max_share", "dead_share", "sigma", "mu_spread")
+
+# The left side is below the right one: NAME (its validation loss) or NAME:MEASURE of its record.
 
 CLAIMS = [
     ("a", "MoE below dense, equal active FLOPs (182M: 1.9317 < 2.042)", "vanilla", "dense"),
-    ("a", "UniPool below vanilla MoE, equal expert parameters (182M: -0.0288)", "unipool", "vanilla"),
-    ("a", "the same with normalised scores in the pool loss [ours]", "unipool-normalised", "vanilla"),
+    ("a", "UniPool below vanilla, equal expert parameters (182M: -0.0288)", "unipool", "vanilla"),
+    ("a", "the same, normalised scores in the pool loss [ours]", "unipool-normalised", "vanilla"),
     ("a", "the same with 12 layers: MoE below dense", "vanilla-12", "dense-12"),
     ("a", "the same with 12 layers: UniPool below vanilla", "unipool-12", "vanilla-12"),
-    ("b", "NormRouter alone does not help vanilla (+0.0058); raw scores in the loss", "vanilla", "unipool-G8"),
-    ("b", "the same, normalised scores in the loss", "vanilla", "vanilla-norm"),
+    ("b", "NormRouter alone does not help vanilla (+0.0058), raw scores", "vanilla", "unipool-G8"),
+    ("b", "the same, normalised scores", "vanilla", "vanilla-norm"),
     ("b", "sigmoid scores balanced by a bias improve vanilla (-0.0078)", "vanilla-bias", "vanilla"),
-    ("b", "a shared pool with the layer loss is worse than vanilla (+0.0163)", "vanilla", "shared-layer"),
-    ("b", "a shared pool with the pool loss and softmax is better than vanilla (-0.0137)", "shared-pool", "vanilla"),
-    ("b", "NormRouter improves the pool further (-0.0288 against -0.0137)", "unipool", "shared-pool"),
-    ("b", "one pool is better than private banks with the same router and loss (G = 1 against G = L)", "unipool", "unipool-G8"),
+    ("b", "a shared pool with the layer loss is worse (+0.0163)", "vanilla", "shared-layer"),
+    ("b", "a shared pool with pool loss and softmax is better (-0.0137)", "shared-pool", "vanilla"),
+    ("b", "NormRouter improves the pool further (-0.0137 to -0.0288)", "unipool", "shared-pool"),
+    ("b", "one pool is better than private banks (G = 1 against G = L)", "unipool", "unipool-G8"),
     ("b", "G = 4 is better than vanilla (-0.0218)", "unipool-G4", "vanilla"),
     ("b", "G = 2 is better than vanilla (-0.0104)", "unipool-G2", "vanilla"),
     ("b", "one pool is better than two (-0.0288 against -0.0104)", "unipool", "unipool-G2"),
@@ -148,17 +165,17 @@ CLAIMS = [
     ("c", "12 layers: 67 % beats vanilla", "unipool-12-67%", "vanilla-12"),
     ("c", "12 layers: 50 % beats vanilla", "unipool-12-50%", "vanilla-12"),
     ("c", "12 layers: 33 % beats vanilla (not claimed)", "unipool-12-33%", "vanilla-12"),
-    ("d", "UniPool keeps its gain with experts of half width, top 2", "unipool-16/2", "vanilla-16/2"),
-    ("d", "UniPool keeps its gain with experts of a quarter, top 4", "unipool-32/4", "vanilla-32/4"),
-    ("e", "infinity-MoE below dense, equal active (router apart: it adds 27 % here, 4 % in the paper)", "infmoe", "dense"),
-    ("e", "infinity-MoE below dense, equal active, its router counted [ours]", "infmoe", "dense-1.5"),
+    ("d", "UniPool keeps its gain with half the width, top 2", "unipool-16/2", "vanilla-16/2"),
+    ("d", "UniPool keeps its gain with a quarter, top 4", "unipool-32/4", "vanilla-32/4"),
+    ("e", "infinity-MoE below dense, equal active (router: +27 %, paper 4 %)", "infmoe", "dense"),
+    ("e", "the same with its router counted [ours]", "infmoe", "dense-1.5"),
     ("e", "infinity-MoE below dense, equal total (not claimed)", "infmoe", "dense-wide"),
-    ("e", "infinity-MoE below Switch top 1, equal active and total (routers apart)", "infmoe", "switch-2"),
-    ("e", "infinity-MoE below MoE top 2 of 4, equal active and total (routers apart)", "infmoe", "top2-of-4"),
-    ("e", "the top-N mask matters: below z = mu without it (a low-rank gated FFN) [ours]", "infmoe", "infmoe-no-topn"),
+    ("e", "infinity-MoE below Switch, equal active and total", "infmoe", "switch-2"),
+    ("e", "infinity-MoE below top 2 of 4, equal active and total", "infmoe", "top2-of-4"),
+    ("e", "the top-N mask matters: below z = mu without it [ours]", "infmoe", "infmoe-no-topn"),
     ("e", "sampling matters: below z = mu with the mask [ours]", "infmoe", "infmoe-no-noise"),
-    ("e", "more samples at inference help: K = 8 below K = 1", "infmoe:loss at K=8", "infmoe:loss at K=1"),
-    ("e", "infinity-MoE below dense at half of the tokens too: does the gain last?", "infmoe-short", "dense-short"),
+    ("e", "more samples help at inference", "infmoe:loss at K=8", "infmoe:loss at K=1"),
+    ("e", "infinity-MoE below dense at half of the tokens too", "infmoe-short", "dense-short"),
     ("e", "K = 2 in training below K = 1 [ours]", "infmoe-short", "infmoe-K1"),
     ("e", "K = 4 in training below K = 2 [ours]", "infmoe-K4", "infmoe-short"),
     ("e", "dz = 32 below 8 (the paper: gains up to 128)", "infmoe-short", "infmoe-dz8"),
@@ -167,42 +184,41 @@ CLAIMS = [
     ("e", "N = 50 % below 25 % [ours]", "infmoe-N50", "infmoe-short"),
     ("e", "masks after the activation below masks before it", "infmoe-short", "infmoe-pre"),
     ("e", "a balance loss for neurons lowers the loss [ours]", "infmoe-balance", "infmoe-short"),
-    ("e", "two hidden layers below one [seed document, 7.3]", "infmoe-deep", "infmoe-short"),
-    ("e", "deep: masks before the activation are better [seed document, 7.3]", "infmoe-deep-pre", "infmoe-deep"),
-    ("e", "deep: hierarchical z below independent z [seed document, 7.3]", "infmoe-deep-hier", "infmoe-deep"),
-    ("e", "deep: independent z below one shared z [seed document, 7.3]", "infmoe-deep", "infmoe-deep-shared"),
-    ("e", "a mixture of Gaussians below one [the paper's section 6.2]", "infmoe-mixture", "infmoe-short"),
+    ("e", "two hidden layers below one [extension]", "infmoe-deep", "infmoe-short"),
+    ("e", "deep: masks before the activation help [extension]", "infmoe-deep-pre", "infmoe-deep"),
+    ("e", "deep: hierarchical below independent z [extension]", "infmoe-deep-hier", "infmoe-deep"),
+    ("e", "deep: independent below shared z [extension]", "infmoe-deep", "infmoe-deep-shared"),
+    ("e", "a mixture of Gaussians below one [extension]", "infmoe-mixture", "infmoe-short"),
     ("f", "the specialization loss lowers the loss", "top2-sp", "top2"),
     ("f", "the coupling loss lowers the loss", "top2-cp", "top2"),
     ("f", "both lower the loss (perplexity 12.50 -> 12.27)", "top2-sp-cp", "top2"),
-    ("f", "specialization lowers the overlap of co-activated experts", "top2-sp:overlap", "top2:overlap"),
+    ("f", "specialization lowers the overlap of experts", "top2-sp:overlap", "top2:overlap"),
     ("f", "both lower the routing entropy", "top2-sp-cp:routing entropy", "top2:routing entropy"),
     ("f", "both raise path consistency", "top2:path consistency", "top2-sp-cp:path consistency"),
     ("f", "path weights below the published coupling [ours]", "top2-path", "top2-cp"),
     ("f", "specialization with path weights lowers the loss [ours]", "top2-sp-path", "top2"),
     ("f", "both lower the loss, with z-loss on both sides", "top2-z-sp-cp", "top2-z"),
-    ("f", "both lower the loss beside a shared expert (12.33 -> 12.16)", "shared-expert-sp-cp", "shared-expert"),
+    ("f", "the same, an always-on expert (12.33 -> 12.16)", "shared-expert-sp-cp", "shared-expert"),
     ("f", "both lower the loss in a pool [ours]", "pool2-sp-cp", "pool2"),
     ("f", "both lower the loss in fine-tuning on other text", "tune-top2-sp-cp", "tune-top2"),
-    ("g", "random routing costs a pool more than private banks (all)", "vanilla:random, all", "unipool:random, all"),
+    ("g", "random routing costs a pool more", "vanilla:random, all", "unipool:random, all"),
     ("g", "the same with 12 layers", "vanilla-12:random, all", "unipool-12:random, all"),
-    ("g", "the same among the 8 experts that a layer uses most", "vanilla:random, all", "unipool:random, matched"),
-    ("g", "with 12 layers, among the 8 experts that a layer uses most", "vanilla-12:random, all", "unipool-12:random, matched"),
+    ("g", "the same among the 8 used most", "vanilla:random, all", "unipool:random, matched"),
+    ("g", "12 layers, 8 used most", "vanilla-12:random, all", "unipool-12:random, matched"),
     ("h", "exact pool loss below the one-step-behind one [ours]", "unipool", "unipool-stale"),
-    ("h", "the pool loss in every layer (8 times as strong) below once [ours]", "unipool-8x", "unipool"),
-    ("h", "balance over the batch below balance over 2 sequences [Qiu et al.]", "unipool", "unipool-local"),
-    ("h", "normalised scores in the pool loss below raw ones [ours]", "unipool-normalised", "unipool"),
-    ("h", "a pool with specialization and path coupling below the pool [ours]", "pool2-sp-path", "pool2"),
-    ("h", "one continuous pool for all layers below private ones [ours]", "infmoe-pool", "infmoe-short"),
+    ("h", "the pool loss in every layer (8 x) below once [ours]", "unipool-8x", "unipool"),
+    ("h", "balance over the batch below over 2 sequences [Qiu et al.]", "unipool", "unipool-local"),
+    ("h", "normalised below raw scores in the pool loss [ours]", "unipool-normalised", "unipool"),
+    ("h", "specialization and path coupling help a pool [ours]", "pool2-sp-path", "pool2"),
+    ("h", "one continuous pool below private ones [ours]", "infmoe-pool", "infmoe-short"),
 ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One run
+# ---- settings
 
 @dataclass
 class ReproduceConfig:
-    only: str = ""  # claims (a to h, e2, e3, f2, f3) or runs, separated by commas; nothing: all
+    only: str = ""  # claims (a to h, e2, e3, f2, f3) or experiments, with commas
     seeds: tuple = (1, 2, 3)  # --seeds="(1, 2, 3)" or --seeds=1
     size: str = "cpu"  # cpu (bytes, minutes a run) | gpu (GPT-2's BPE)
     sweep: bool = False  # the learning-rate sweep instead of the claims
@@ -210,44 +226,98 @@ class ReproduceConfig:
     jobs: int = 1  # runs at a time
     threads: int = 1  # CPU threads of each
     report: bool = False  # write results/claims.md and figures from the records
-    list: bool = False  # print the runs and which are done
+    list: bool = False  # print the experiments and which are done
     child: str = ""  # (internal) the one run of this process
 
     def __post_init__(self):
-        if self.size not in SIZES:
-            raise ValueError(f"size={self.size}: expected {' or '.join(SIZES)}")
-        if not self.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds):
-            raise ValueError(f"seeds={self.seeds}: expected one or more whole numbers from 0, such as --seeds=1,2,3")
-        for name, least in (("jobs", 1), ("threads", 1), ("minutes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
-        if self.threads > os.cpu_count():
-            raise ValueError(f"threads={self.threads}: this machine has {os.cpu_count()} CPUs")
-        if self.only and not self.only.strip(", "):
-            raise ValueError(f"only={self.only}: names no claim and no run (--list shows them)")
+        def require(name, right, expected):
+            if not right:
+                raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
+
+        seeds = [seed for seed in self.seeds if isinstance(seed, int) and seed >= 0]
+        require("size", self.size in SIZES, " or ".join(SIZES))
+        require("seeds", seeds and len(seeds) == len(self.seeds), "whole numbers, such as 1,2,3")
+        require("jobs", self.jobs >= 1, "1 or more")
+        require("minutes", self.minutes >= 0, "0 (until all is done) or more")
+        require("threads", 1 <= self.threads <= os.cpu_count(), f"1 to {os.cpu_count()} (CPUs)")
+        require("only", self.only.strip(", ") or not self.only, "names that --list shows")
 
 
-def record_path(size, name, seed):
-    return Path("results/runs", f"{size}-{name.replace('/', 'x').replace('%', 'pc')}-s{seed}.json")
+def sweep_names():
+    return [f"lr/{base}/{lr}" for base in SWEPT for lr in SWEEP]
+
+
+def overrides_of(name):
+    if name in EXPERIMENTS:
+        return EXPERIMENTS[name][1]
+    if name not in sweep_names():
+        raise ValueError(f"no experiment {name} (--list shows them)")
+    _, base, lr = name.split("/")
+    return EXPERIMENTS[base][1] | dict(lr=float(lr), steps=0.5)
+
+
+def settings_of(size, name):
+    """-> (the settings of a run, complete, for ModelConfig and TrainConfig; what is special)"""
+    settings = {**SIZES[size], **overrides_of(name)}
+    special = {"stale": False, "tune": None, "width": None, "ffn": 1, "steps": 1}
+    special = {k: settings.pop(k, default) for k, default in special.items()}
+    settings["d_ff"] = int(settings["d_ff"] * special["ffn"])
+    if special["width"] is not None:
+        settings["d_expert"] = int(settings["d_ff"] * special["width"])
+    settings["max_steps"] = int(settings["max_steps"] * special["steps"])
+    settings.setdefault("lr", LR[size].get(settings["flavour"], LR[size]["moe"]))
+    if special["tune"]:
+        settings["dataset"] = "data/prose" if size == "cpu" else "data/prose_gpt2"
+        settings["lr"] /= 4
+        settings["max_steps"] //= 2
+    return settings, special
+
+
+def configs_of(settings, **of_run):
+    """-> ModelConfig, TrainConfig"""
+    from model import ModelConfig
+    from train import TrainConfig
+    fields = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__}
+    model = {k: v for k, v in settings.items() if k not in fields}
+    return ModelConfig(**model), TrainConfig(**fields, **of_run)
+
+
+def in_json(value):
+    return json.loads(json.dumps(value))
 
 
 def folder_of(size, name, seed):
     return Path("out/reproduce", record_path(size, name, seed).stem)
 
 
-def is_done(size, name, seed):
-    """Is there a record of this run, with the settings that the table has now?"""
-    record = read_record(record_path(size, name, seed))
-    return record is not None and is_current(record)
+def holds(folder, settings):
+    """Does the folder hold a checkpoint of a run with these settings?"""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    model, train = (in_json(asdict(config)) for config in configs_of(settings))
+    asked = {k: v for k, v in train.items() if k in settings}
+    return ((folder / "ckpt.pt").exists() and found["model"] == model
+            and asked == {k: found["train"].get(k) for k in asked})
 
+
+# ---- records
 
 NUMBER = (int, float)
-FIELDS = dict(run=str, size=str, seed=int, settings=dict, val_loss=NUMBER, n_params=int, n_active_params=int, tokens=int,
-              flops_per_token=int, seconds=NUMBER, hardware=str, torch=str, commit=str, curve=list, routing=dict, measures=dict)
+FIELDS = dict(
+    run=str, size=str, seed=int, settings=dict, val_loss=NUMBER, n_params=int, n_active_params=int,
+    tokens=int, flops_per_token=int, seconds=NUMBER, hardware=str, torch=str, commit=str,
+    curve=list, routing=dict, measures=dict)
+
+
+def record_path(size, name, seed):
+    name = name.replace("/", "x").replace("%", "pc")
+    return Path("results/runs", f"{size}-{name}-s{seed}.json")
 
 
 def read_record(path):
-    """The record in a file; None where there is no file, or (after a line on stderr) where it holds none."""
+    """The record in a file; None where there is no file or, after a line on stderr, no record."""
     try:
         record = json.loads(path.read_bytes())
         wrong = check_record(record)
@@ -256,7 +326,7 @@ def read_record(path):
     except (OSError, ValueError, RecursionError) as error:
         wrong = str(error)
     if wrong:
-        print(f"{path} is damaged and left out ({wrong}); the next run of it writes it anew", file=sys.stderr)
+        print(f"{path} is damaged and left out ({wrong})", file=sys.stderr)
     return None if wrong else record
 
 
@@ -267,155 +337,135 @@ def check_record(record):
     for name, kind in FIELDS.items():
         if not isinstance(record.get(name), kind):
             return f"{name} is {record.get(name)!r:.40}"
-    points = [x for point in record["curve"] for x in (point if isinstance(point, list) and len(point) == 3 else [None])]
-    values = [record["val_loss"], record["seconds"], *points, *record["routing"].values(), *record["measures"].values()]
+    values = [record["val_loss"], record["seconds"], *record["routing"].values(),
+              *record["measures"].values()]
+    for point in record["curve"]:
+        values += point if isinstance(point, list) and len(point) == 3 else [point]
     odd = [x for x in values if not isinstance(x, NUMBER) or not math.isfinite(x)]
     return f"{odd[0]!r:.40} is no finite number" if odd else ""
 
 
 def is_current(record):
+    """Has a record the settings that the table has now?"""
     name, size = record["run"], record["size"]
-    known = size in SIZES and (name in RUNS or name in sweep_names())
+    known = size in SIZES and (name in EXPERIMENTS or name in sweep_names())
     return known and record["settings"] == in_json(settings_of(size, name)[0])
 
 
-def holds(folder, settings):
-    """Does the folder hold a checkpoint of a run with these settings?"""
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    model, train = (in_json(asdict(config)) for config in configs_of(settings))
-    return ((folder / "ckpt.pt").exists() and found["model"] == model
-            and all(found["train"].get(k) == v for k, v in train.items() if k in settings))
+def is_done(size, name, seed):
+    record = read_record(record_path(size, name, seed))
+    return record is not None and is_current(record)
 
 
-def configs_of(settings, **of_run):
-    """-> ModelConfig, TrainConfig"""
-    from model import ModelConfig
-    from train import TrainConfig
-    fields = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__}
-    return ModelConfig(**{k: v for k, v in settings.items() if k not in fields}), TrainConfig(**fields, **of_run)
-
-
-def in_json(value):
-    return json.loads(json.dumps(value))
-
-
-def sweep_names():
-    return [f"lr/{base}/{lr}" for base in SWEPT for lr in SWEEP]
-
-
-def lr_family(flavour):
-    """Learning rates are swept per family: dense, private experts, pools, infmoe."""
-    return flavour if flavour in ("dense", "unipool", "infmoe") else "moe"
-
-
-def settings_of(size, name):
-    """The overrides of a run, complete, for ModelConfig and TrainConfig; and what is special about it."""
-    settings = {**SIZES[size], **overrides_of(name)}
-    special = {"stale": False, "tune": None, "width": None, "ffn": 1, "steps": 1}
-    special = {k: settings.pop(k, default) for k, default in special.items()}
-    settings["d_ff"] = int(settings["d_ff"] * special["ffn"])
-    if special["width"] is not None:
-        settings["d_expert"] = int(settings["d_ff"] * special["width"])
-    settings["max_steps"] = int(settings["max_steps"] * special["steps"])
-    settings.setdefault("lr", LR[size][lr_family(settings["flavour"])])
-    if special["tune"]:
-        other = "data/prose" if size == "cpu" else "data/prose_gpt2"
-        settings.update(dataset=other, lr=settings["lr"] / 4, max_steps=settings["max_steps"] // 2)
-    return settings, special
-
-
-def overrides_of(name):
-    if name in RUNS:
-        return RUNS[name][1]
-    if name not in sweep_names():
-        raise ValueError(f"no run {name} (--list shows them)")
-    base, lr = name.removeprefix("lr/").rsplit("/", 1)  # lr/unipool/0.004
-    return RUNS[base][1] | dict(lr=float(lr), steps=0.5)
-
+# ---- one run
 
 def run_one(size, name, seed):
     """Train (or resume) one run, measure it, write its record."""
-    import torch
-
-    from model import GPT
-    from train import flops_per_token, train
+    from train import train
 
     settings, special = settings_of(size, name)
     folder = folder_of(size, name, seed)
-    resume = holds(folder, settings)
-    start = str(folder_of(size, special["tune"], seed)) if special["tune"] else "scratch"
-    model_config, train_config = configs_of(settings, out_dir=str(folder), seed=seed, quiet=True, overwrite=not resume,
-                                            init_from="resume" if resume else start)
+    resume, start = holds(folder, settings), "scratch"
+    if special["tune"]:
+        start = str(folder_of(size, special["tune"], seed))
+    model_config, train_config = configs_of(
+        settings, out_dir=str(folder), seed=seed, quiet=True, overwrite=not resume,
+        init_from="resume" if resume else start)
     with stale_pool_loss() if special["stale"] else contextlib.nullcontext():
         result = train(model_config, train_config)
     if not result["finished"]:
         sys.exit(128 + signal.SIGTERM)
+    record = make_record(size, name, seed, result["val_loss"])
+    path = record_path(size, name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode()))
+
+
+def make_record(size, name, seed, val_loss):
+    import torch
+
+    from model import GPT
+    from support.machine import flops_per_token
+
+    folder, (settings, _) = folder_of(size, name, seed), settings_of(size, name)
     with open(folder / "log.csv") as f:
         logged = list(csv.DictReader(f))
     rows = [row for row in logged if row["val_loss"]]
-    speed = median(float(row["tokens_per_second"]) for row in logged)  # a run may have been paused: clocks would count that
-    model = GPT.from_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    # by the median speed: a run may have been paused, which a clock would count
+    speed = median(float(row["tokens_per_second"]) for row in logged)
+    seconds = lambda row: round(int(row["tokens"]) / speed, 1)
+    curve = [[int(r["tokens"]), seconds(r), round(float(r["val_loss"]), 5)] for r in rows]
     last = rows[-1]
-    record = {"run": name, "size": size, "seed": seed, "settings": settings, "val_loss": result["val_loss"],
-              "n_params": model_config.n_params(), "n_active_params": model_config.n_active_params(),
-              "flops_per_token": flops_per_token(model_config), "tokens": int(last["tokens"]),
-              "seconds": round(int(last["tokens"]) / speed, 1), "hardware": hardware(), "torch": torch.__version__,
-              "commit": commit(),
-              "routing": {k: round(float(last[k]), 5) for k in ROUTING_COLUMNS if last.get(k)},
-              "curve": [[int(r["tokens"]), round(int(r["tokens"]) / speed, 1), round(float(r["val_loss"]), 5)] for r in rows],
-              "measures": {k: round(v, 6) for k, v in measure(model, settings, folder, RUNS.get(name, ("", {}))[0]).items()}}
-    path = record_path(size, name, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda f: f.write((json.dumps(record, indent=1, sort_keys=True) + "\n").encode()))
+    routing = {k: round(float(last[k]), 5) for k in ROUTING_COLUMNS if last.get(k)}
+    model = GPT.from_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    claims = EXPERIMENTS[name][0] if name in EXPERIMENTS else ""
+    measures = measure(model, settings, folder, claims)
+    return dict(
+        run=name, size=size, seed=seed, settings=settings, val_loss=val_loss,
+        n_params=model.config.n_params(), n_active_params=model.config.n_active_params(),
+        flops_per_token=flops_per_token(model.config), tokens=int(last["tokens"]),
+        seconds=seconds(last), hardware=hardware(), torch=torch.__version__, commit=commit(),
+        routing=routing, curve=curve, measures={k: round(v, 6) for k, v in measures.items()})
 
 
 def measure(model, settings, folder, claims):
     """What the claims ask of a trained model beside its loss, on 64 held-out windows."""
     import torch
 
-    import moe
     from support.shards import ShardReader
     if not claims or settings["flavour"] == "dense":
         return {}
     reader = ShardReader(settings["dataset"], "val", model.config.block_size)
-    windows = torch.from_numpy(reader.sequential(0, min(64, reader.n_windows))).to(model.wte.weight.device)
-    tokens, targets = windows[:, :-1], windows[:, 1:]
+    windows = torch.from_numpy(reader.sequential(0, min(64, reader.n_windows)))
+    windows = windows.to(model.wte.weight.device)
     with torch.no_grad():
         if settings["flavour"] == "infmoe":
-            return losses_by_samples(model, tokens, targets)
-        kept = []
-        hooks = [b.ffn.register_forward_pre_hook(lambda _, args: (*args[:3], True)) for b in model.blocks]
-        hooks += [b.ffn.register_forward_hook(lambda _, args, output: kept.append(output[2])) for b in model.blocks]
-        routings = model(tokens, return_routings=True).routings
-        for hook in hooks:
-            hook.remove()
-        pairs = list(zip(routings, routings[1:]))
-        experts = model.config.n_experts
-        found = {"routing entropy": mean(moe.routing_entropy(r.scores).item() for r in routings),
-                 "path consistency": mean(moe.path_consistency(a.ids, b.ids, experts).item() for a, b in pairs)}
-        if model.config.top_k > 1:
-            found["overlap"] = mean(moe.overlap(a).item() for a in kept)
-        if model.config.pool_groups == 1:
-            found["unique experts"] = moe.unique_experts(torch.stack([r.ids for r in routings])).item()
+            return losses_by_samples(model, windows[:, :-1], windows[:, 1:])
+        found = routing_measures(model, windows[:, :-1])
     return found | (probe_losses(folder, settings) if "g" in claims else {})
 
 
+def routing_measures(model, tokens):
+    import torch
+
+    import moe
+    kept, hooks = [], []
+    for block in model.blocks:  # each layer is asked for its experts' activations, too
+        ask = lambda _, args: (*args[:3], True)
+        keep = lambda _, args, output: kept.append(output[2])
+        hooks += [block.ffn.register_forward_pre_hook(ask), block.ffn.register_forward_hook(keep)]
+    routings = model(tokens, return_routings=True).routings
+    for hook in hooks:
+        hook.remove()
+    n, pairs = model.config.n_experts, list(zip(routings, routings[1:]))
+    found = {
+        "routing entropy": mean(moe.routing_entropy(r.scores).item() for r in routings),
+        "path consistency": mean(moe.path_consistency(a.ids, b.ids, n).item() for a, b in pairs)}
+    if model.config.top_k > 1:
+        found["overlap"] = mean(moe.overlap(activations).item() for activations in kept)
+    if model.config.pool_groups == 1:
+        ids = torch.stack([r.ids for r in routings])
+        found["unique experts"] = moe.unique_experts(ids).item()
+    return found
+
+
 def probe_losses(folder, settings):
-    """UniPool's routing probe: how much the loss rises when one layer of the deep half chooses at random; mean over layers."""
+    """UniPool's routing probe: how much the loss rises when one layer of the deep half chooses
+    at random; mean over layers."""
     import probe
-    config = probe.ProbeConfig(out_dir=str(folder), dataset=settings["dataset"], random_router_from=True, choice="both",
-                               controls="none", seeds=2)
+    config = probe.ProbeConfig(
+        out_dir=str(folder), dataset=settings["dataset"], random_router_from=True, choice="both",
+        controls="none", seeds=2)
     subject, found = probe.load_ours(config), {}
-    layers, base = probe.layers_from(subject, True), probe.held_out(subject, config)[:, 0].mean()
+    loss = lambda: probe.held_out(subject, config)[:, 0].mean()
+    layers, base = probe.layers_from(subject, True), loss()
     for how, among, seeds in probe.interventions(subject, config).values():
         rises = []
         for layer in layers:
             for seed in range(seeds):
                 with probe.rerouted(subject, [layer], how, seed, among):
-                    rises.append(probe.held_out(subject, config)[:, 0].mean() - base)
+                    rises.append(loss() - base)
         found["random, matched" if among else "random, all"] = float(mean(rises))
     return found
 
@@ -435,7 +485,7 @@ def losses_by_samples(model, tokens, targets):
 
 @contextlib.contextmanager
 def stale_pool_loss():
-    """UniPool's released code computes losses layer by layer and takes f from the previous micro-batch; so does this."""
+    """UniPool's released code takes f from the previous micro-batch; so does the loss in here."""
     import moe
     exact, before = moe.pool_loss, []
 
@@ -458,41 +508,21 @@ def hardware():
 
 
 def commit():
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Many runs
-
-def wanted(config):
-    """(run, seed) pairs in the order of the table, the first seed of everything before the second."""
-    if config.sweep:
-        names = sweep_names()
-    else:
-        only = set(filter(None, config.only.split(",")))
-        claims = {c for claims, _ in RUNS.values() for c in claims_of(claims)}
-        unknown = only - set(RUNS) - claims
-        if unknown:
-            raise ValueError(f"only={config.only}: {', '.join(sorted(unknown))} is no claim ({', '.join(sorted(claims))}) "
-                             "and no run (--list shows them)")
-        names = [name for name, (claims, _) in RUNS.items() if not only or name in only or only & set(claims_of(claims))]
-    return [(name, seed) for seed in config.seeds for name in names]
-
-
-def claims_of(text):
-    """"abe2" -> ["a", "b", "e2"]"""
-    return [c + (text[i + 1] if text[i + 1:i + 2].isdigit() else "") for i, c in enumerate(text) if c.isalpha()]
-
+# ---- data
 
 def make_data(dataset):
-    """The text of a run, where it is not there yet: the library's or the packages' source, or the packages' docstrings."""
+    """The text of a run, where it is not there yet: source of the library or of the installed
+    packages, or (prose) the packages' docstrings."""
     from prepare_data import DataConfig, list_files, prepare
     from support.shards import load_meta
     with contextlib.suppress(FileNotFoundError):
         return load_meta(dataset)
     name = source = Path(dataset).name
-    if name.startswith("prose"):  # eight megabytes of what people write about code, in place of code
+    if name.startswith("prose"):  # 8 MB of what people write about code, in place of code
         source, size = f"{dataset}.jsonl", 0
         Path(source).parent.mkdir(exist_ok=True)
         with open(source, "w") as f:
@@ -500,11 +530,12 @@ def make_data(dataset):
                 if size < 2**23 and (text := docstrings(file.name)):
                     size += f.write(json.dumps({"text": text}) + "\n")
     print(f"preparing {dataset}", flush=True)
-    prepare([source], DataConfig(out_dir=dataset, tokenizer="gpt2" if name in ("packages", "prose_gpt2") else "bytes"))
+    tokenizer = "gpt2" if name in ("packages", "prose_gpt2") else "bytes"
+    prepare([source], DataConfig(out_dir=dataset, tokenizer=tokenizer))
 
 
 def docstrings(path):
-    """The docstrings of a Python file, one after the other; nothing for a file that does not parse."""
+    """The docstrings of a Python file; nothing for a file that does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -516,56 +547,92 @@ def docstrings(path):
     return "\n\n".join(filter(None, found))
 
 
-def run_all(config):
-    """Children, one per run, `jobs` at a time; paused while out/timing.lock exists, stopped (and resumable) at the deadline."""
-    todo = [(n, s) for n, s in wanted(config) if not is_done(config.size, n, s)]
-    for name, seed in todo:
-        tuned = overrides_of(name).get("tune")
-        if tuned and (tuned, seed) not in todo and not is_ready(config.size, name, seed):
-            raise ValueError(f"{name} seed {seed} tunes the model of {tuned}, which is not in out/reproduce: "
-                             f"remove its record in results/runs, and run {tuned} again here")
-    for dataset in sorted({settings_of(config.size, name)[0]["dataset"] for name, _ in todo}):
-        make_data(dataset)
-    deadline = time.monotonic() + config.minutes * 60 if config.minutes else math.inf
-    children, failed, paused = {}, [], False
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`: no child outlives us
-    print(f"{len(todo)} runs to do", flush=True)
-    try:
-        while children or (todo and time.monotonic() < deadline):
-            while todo and len(children) < config.jobs and not paused and time.monotonic() < deadline:
-                ready = next((run for run in todo if is_ready(config.size, *run)), None)
-                if ready is None:
-                    break
-                todo.remove(ready)
-                children[start_child(config, *ready)] = (*ready, time.monotonic())
-            if not children:
-                break
-            if paused != timing():
-                paused = not paused
-                for child in children:
-                    child.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
-            if time.monotonic() > deadline and not paused:
-                for child in children:
-                    child.terminate()
-                deadline = math.inf
-                todo.clear()
-            for child in [c for c in children if c.poll() is not None]:
-                name, seed, begun = children.pop(child)
-                finish(config, name, seed, time.monotonic() - begun, child.returncode, failed)
-            time.sleep(0.5)
-    finally:
-        for child in children:
-            child.send_signal(signal.SIGCONT)
-            child.terminate()
-        for child in children:
-            child.wait()
-    return failed
+# ---- many runs
+
+def claims_of(text):
+    """"abe2" -> ["a", "b", "e2"]"""
+    return re.findall(r"[a-z]\d?", text)
+
+
+def wanted(config):
+    """(experiment, seed) in the order of the table, the first seed of all before the second."""
+    names = sweep_names()
+    if not config.sweep:
+        only = set(filter(None, config.only.split(",")))
+        of = {name: set(claims_of(claims)) for name, (claims, _) in EXPERIMENTS.items()}
+        unknown, claims = only - set(of), set.union(*of.values())
+        if unknown - claims:
+            wrong, claims = (", ".join(sorted(names)) for names in (unknown - claims, claims))
+            raise ValueError(f"only={config.only}: {wrong} is no claim ({claims}) "
+                             "and no experiment (--list shows them)")
+        names = [name for name in of if not only or name in only or only & of[name]]
+    return [(name, seed) for seed in dict.fromkeys(config.seeds) for name in names]
 
 
 def is_ready(size, name, seed):
     """A fine-tuning run waits for the finished run whose model it tunes, in this folder."""
     tune = overrides_of(name).get("tune")
-    return tune is None or (is_done(size, tune, seed) and holds(folder_of(size, tune, seed), settings_of(size, tune)[0]))
+    if tune is None:
+        return True
+    trained = holds(folder_of(size, tune, seed), settings_of(size, tune)[0])
+    return trained and is_done(size, tune, seed)
+
+
+def prepare_runs(config):
+    """What is to be done, its data in place -> [(experiment, seed)]"""
+    todo = [(name, seed) for name, seed in wanted(config) if not is_done(config.size, name, seed)]
+    for name, seed in todo:
+        tuned = overrides_of(name).get("tune")
+        if (tuned, seed) not in todo and not is_ready(config.size, name, seed):
+            raise ValueError(f"{name} seed {seed} tunes the model of {tuned}, which is not in "
+                             "out/reproduce: remove its record, and run it again here")
+    for dataset in sorted({settings_of(config.size, name)[0]["dataset"] for name, _ in todo}):
+        make_data(dataset)
+    print(f"{len(todo)} runs to do", flush=True)
+    return todo
+
+
+def run_all(config):
+    """A child a run, `jobs` at a time, until all are done or time is up -> names that failed."""
+    # TERM ends by way of `finally`: no child outlives us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    todo, children, failed, paused = prepare_runs(config), {}, [], False
+    deadline = time.monotonic() + config.minutes * 60 if config.minutes else math.inf
+    try:
+        while children or (todo and time.monotonic() < deadline):
+            # start what is ready
+            ready = [run for run in todo if is_ready(config.size, *run)]
+            while ready and len(children) < config.jobs and not paused:
+                run = ready.pop(0)
+                todo.remove(run)
+                children[start_child(config, *run)] = (*run, time.monotonic())
+            if not children:
+                break
+            # pause all while something is being timed
+            if paused != timing():
+                paused = not paused
+                send(children, signal.SIGSTOP if paused else signal.SIGCONT)
+            # at the deadline each saves and ends
+            if time.monotonic() > deadline and not paused:
+                send(children, signal.SIGTERM)
+                deadline = math.inf
+                todo.clear()
+            # collect those that ended
+            for child in [c for c in children if c.poll() is not None]:
+                if not finish(config, *children.pop(child), child.returncode):
+                    failed.append(child)
+            time.sleep(0.5)
+    finally:
+        send(children, signal.SIGCONT)
+        send(children, signal.SIGTERM)
+        for child in children:
+            child.wait()
+    return failed
+
+
+def send(children, number):
+    for child in children:
+        child.send_signal(number)
 
 
 def timing():
@@ -579,93 +646,110 @@ def timing():
 
 def start_child(config, name, seed):
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
-    words = [sys.executable, "-m", "lab.reproduce", f"--child={name}", f"--seeds={seed}", f"--size={config.size}"]
+    options = [f"--child={name}", f"--seeds={seed}", f"--size={config.size}"]
+    words = [sys.executable, "-m", "lab.reproduce", *options]
     return subprocess.Popen(words, env=environment, preexec_fn=follow_parent)
 
 
 def follow_parent():
-    """In a child, before it starts: Ctrl-C is the parent's to handle, and (on Linux) the child is killed when the parent is."""
+    """In a child, before it starts: Ctrl-C is the parent's to handle, and (on Linux) the system
+    kills the child when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def finish(config, name, seed, seconds, code, failed):
-    path = record_path(config.size, name, seed)
+def finish(config, name, seed, begun, code):
+    """Say how a child ended -> whether that is all right"""
+    stopped = code in (128 + signal.SIGTERM, -signal.SIGTERM)
+    how = "stopped, resumes next time" if stopped else f"failed with exit code {code}"
     if code == 0:
-        loss = json.loads(path.read_text())["val_loss"]
-        print(f"{name} seed {seed}: validation loss {loss:.4f} ({seconds / 60:.1f} min)", flush=True)
-    elif code in (128 + signal.SIGTERM, -signal.SIGTERM):
-        print(f"{name} seed {seed}: stopped, resumes next time", flush=True)
-    else:
-        failed.append(name)
-        print(f"{name} seed {seed}: failed with exit code {code}", flush=True)
+        loss = json.loads(record_path(config.size, name, seed).read_text())["val_loss"]
+        how = f"validation loss {loss:.4f} ({(time.monotonic() - begun) / 60:.1f} min)"
+    print(f"{name} seed {seed}: {how}", flush=True)
+    return stopped or code == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The report: a pure function of results/runs/
+# ---- the report: a pure function of results/runs/
 
-FIGURES = {"pool": ("dense", "vanilla", "unipool"), "pool-12": ("dense-12", "vanilla-12", "unipool-12"),
-           "ablation": ("vanilla", "vanilla-bias", "vanilla-norm", "shared-layer", "shared-pool", "unipool-G8", "unipool-G4",
-                        "unipool-G2", "unipool"),
-           "size": ("vanilla", "unipool", "unipool-67%", "unipool-50%", "unipool-33%"),
-           "size-12": ("vanilla-12", "unipool-12", "unipool-12-67%", "unipool-12-50%", "unipool-12-33%"),
-           "granularity": ("vanilla", "unipool", "vanilla-16/2", "unipool-16/2", "vanilla-32/4", "unipool-32/4"),
-           "infmoe": ("dense", "dense-wide", "switch-2", "top2-of-4", "infmoe"),
-           "controls": ("dense-1.5", "infmoe", "infmoe-no-topn", "infmoe-no-noise"),
-           "samples": ("dense-short", "infmoe-short", "infmoe-K1", "infmoe-K4", "infmoe-N12", "infmoe-N50", "infmoe-dz8",
-                       "infmoe-dz64"),
-           "extensions": ("infmoe-short", "infmoe-pre", "infmoe-deep", "infmoe-deep-shared", "infmoe-deep-hier",
-                          "infmoe-deep-pre", "infmoe-mixture", "infmoe-balance", "infmoe-pool"),
-           "losses": ("top2", "top2-sp", "top2-cp", "top2-path", "top2-sp-cp", "top2-sp-path"),
-           "losses-elsewhere": ("top2-z", "top2-z-sp-cp", "shared-expert", "shared-expert-sp-cp", "pool2", "pool2-sp-cp",
-                                "pool2-sp-path"),
-           "tuning": ("tune-top2", "tune-top2-sp-cp"),
-           "ours": ("unipool", "unipool-normalised", "unipool-stale", "unipool-local", "unipool-8x")}
+FIGURES = {  # title: experiments
+    "pool": "dense vanilla unipool",
+    "pool-12": "dense-12 vanilla-12 unipool-12",
+    "ablation":
+        "vanilla vanilla-bias vanilla-norm shared-layer shared-pool unipool-G8 unipool-G4 "
+        "unipool-G2 unipool",
+    "size": "vanilla unipool unipool-67% unipool-50% unipool-33%",
+    "size-12": "vanilla-12 unipool-12 unipool-12-67% unipool-12-50% unipool-12-33%",
+    "granularity": "vanilla unipool vanilla-16/2 unipool-16/2 vanilla-32/4 unipool-32/4",
+    "infmoe": "dense dense-wide switch-2 top2-of-4 infmoe",
+    "controls": "dense-1.5 infmoe infmoe-no-topn infmoe-no-noise",
+    "samples":
+        "dense-short infmoe-short infmoe-K1 infmoe-K4 infmoe-N12 infmoe-N50 infmoe-dz8 "
+        "infmoe-dz64",
+    "extensions":
+        "infmoe-short infmoe-pre infmoe-deep infmoe-deep-shared infmoe-deep-hier "
+        "infmoe-deep-pre infmoe-mixture infmoe-balance infmoe-pool",
+    "losses": "top2 top2-sp top2-cp top2-path top2-sp-cp top2-sp-path",
+    "losses-elsewhere":
+        "top2-z top2-z-sp-cp shared-expert shared-expert-sp-cp pool2 pool2-sp-cp pool2-sp-path",
+    "tuning": "tune-top2 tune-top2-sp-cp",
+    "ours": "unipool unipool-normalised unipool-stale unipool-local unipool-8x",
+}
+MEASURES = ("routing entropy", "overlap", "path consistency", "unique experts", "imbalance",
+            "max_share", "dead_share", "random, all", "random, matched", "loss at K=1",
+            "loss at K=8", "loss at z=mu")
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
+         12: 2.179, 16: 2.120, 20: 2.086, 30: 2.042, 40: 2.021, 60: 2.000}
+# Student's t, two-sided 95 %, by degrees of freedom
 
 
 def load_records(size):
-    """{(run, seed): record}, those of older settings left out."""
-    records = [read_record(path) for path in sorted(Path("results/runs").glob(f"{size}-*.json"))]
-    return {(r["run"], r["seed"]): r for r in records if r and is_current(r)}
+    """{(experiment, seed): record}, those of older settings left out."""
+    paths = sorted(Path("results/runs").glob(f"{size}-*.json"))
+    records = filter(None, map(read_record, paths))
+    return {(r["run"], r["seed"]): r for r in records if is_current(r)}
 
 
-def value_of(record, measure):
-    return record["val_loss"] if not measure else record["measures"].get(measure)
+def of_name(records, name):
+    """The records of an experiment, one a seed."""
+    return [record for (n, _), record in sorted(records.items()) if n == name]
 
 
 def compare(records, left, right):
-    """Paired differences left - right over the seeds that both have."""
-    (a, ma), (b, mb) = (side.partition(":")[::2] for side in (left, right))
-    seeds = sorted(s for n, s in records if n == a and (b, s) in records)
-    pairs = [(value_of(records[a, s], ma), value_of(records[b, s], mb)) for s in seeds]
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
+    """[(left, right)] over the seeds that both sides of a claim have."""
+    def values(side):
+        name, _, measure = side.partition(":")
+        values = {r["seed"]: r["measures"].get(measure) if measure else r["val_loss"]
+                  for r in of_name(records, name)}
+        return {seed: value for seed, value in values.items() if value is not None}
 
-
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 12: 2.179, 16: 2.120,
-         20: 2.086, 30: 2.042, 40: 2.021, 60: 2.000}  # Student's t, two-sided 95 %, by degrees of freedom
+    a, b = values(left), values(right)
+    return [(a[seed], b[seed]) for seed in a if seed in b]
 
 
 def common_spread(records):
-    """Standard deviation of a paired difference of two losses, and its degrees of freedom: one error for all runs.
+    """Standard deviation of a paired difference of two losses, and its degrees of freedom.
 
-    A two-way analysis of variance over the R runs that have seeds 1, 2 and 3: what remains of a loss without the mean of
-    its run and that of its seed has (R - 1) (3 - 1) degrees of freedom. Three seeds alone would leave a pair of runs two.
+    One error for all runs, by a two-way analysis of variance over the R experiments that have seeds
+    1, 2 and 3: what remains of a loss without the mean of its experiment and that of its seed has
+    (R - 1) (3 - 1) degrees of freedom. Three seeds alone would leave a pair two.
     """
-    table = [[records[name, seed]["val_loss"] for seed in (1, 2, 3)] for name in RUNS
-             if all((name, seed) in records for seed in (1, 2, 3))]
+    seeds = (1, 2, 3)
+    table = [[records[name, seed]["val_loss"] for seed in seeds] for name in EXPERIMENTS
+             if all((name, seed) in records for seed in seeds)]
     freedom = 2 * (len(table) - 1)
     if freedom < 2:
         return 0.0, 0
     of_seed, overall = [mean(column) for column in zip(*table)], mean(map(mean, table))
-    errors = [loss - mean(row) - of_seed[i] + overall for row in table for i, loss in enumerate(row)]
+    errors = [loss - mean(row) - of_all + overall
+              for row in table for loss, of_all in zip(row, of_seed)]
     return math.sqrt(2 * sum(e * e for e in errors) / freedom), freedom
 
 
 def verdict(differences, common=(0.0, 0)):
-    """holds: the 95 % interval of the paired mean lies below zero; does not hold here: above; else undecided.
+    """holds: the 95 % interval of the paired mean lies below zero; does not hold here: above.
 
-    common: a standard deviation that is known better than from these differences alone, and its degrees of freedom.
+    common: a deviation known better than from these differences, and its degrees of freedom.
     """
     n = len(differences)
     if n < 2:
@@ -674,11 +758,20 @@ def verdict(differences, common=(0.0, 0)):
     margin = T_975[max(k for k in T_975 if k <= freedom)] * deviation / math.sqrt(n)
     if mean(differences) + margin < 0:
         return "holds"
-    return "does not hold here" if mean(differences) - margin > 0 else "undecided at this scale"
+    above = mean(differences) - margin > 0
+    return "does not hold here" if above else "undecided at this scale"
 
 
 def spread(values):
     return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def table_row(*cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table_head(*cells):
+    return table_row(*cells).replace("|  |", "| |", 1), "|" + "---|" * len(cells)
 
 
 def claim_row(records, common, claim, text, left, right):
@@ -687,78 +780,106 @@ def claim_row(records, common, claim, text, left, right):
         return f"| {claim} | {text} | `{left}` | `{right}` | not run yet | | | |"
     lefts, rights = zip(*pairs)
     differences = [x - y for x, y in pairs]
-    return (f"| {claim} | {text} | `{left}` {spread(lefts)} | `{right}` {spread(rights)} | {spread(differences)} | "
-            f"{len(pairs)} | {verdict(differences, (0.0, 0) if ':' in left else common)} |")
+    decided = verdict(differences, (0.0, 0) if ":" in left else common)
+    return table_row(claim, text, f"`{left}` {spread(lefts)}", f"`{right}` {spread(rights)}",
+                     spread(differences), len(pairs), decided)
 
 
 def run_row(records, name):
-    mine = [r for (n, _), r in sorted(records.items()) if n == name]
-    r = mine[0]
-    flops, seconds = r["flops_per_token"] * r["tokens"], mean(m["seconds"] for m in mine)
-    return (f"| `{name}` | {spread([m['val_loss'] for m in mine])} | {len(mine)} | {r['n_params'] / 1e6:.2f}M | "
-            f"{r['n_active_params'] / 1e6:.2f}M | {r['tokens'] / 1e6:.2f}M | {flops:.2e} | {seconds:.0f} |")
-
-
-MEASURES = ("routing entropy", "overlap", "path consistency", "unique experts", "balance", "max_share", "dead_share",
-            "random, all", "random, matched", "loss at K=1", "loss at K=8", "loss at z=mu")
+    mine = of_name(records, name)
+    r, losses = mine[0], [m["val_loss"] for m in mine]
+    return table_row(
+        f"`{name}`", spread(losses), len(mine), f"{r['n_params'] / 1e6:.2f}M",
+        f"{r['n_active_params'] / 1e6:.2f}M", f"{r['tokens'] / 1e6:.2f}M",
+        f"{r['flops_per_token'] * r['tokens']:.2e}", f"{mean(m['seconds'] for m in mine):.0f}")
 
 
 def measure_rows(records, names):
-    """One row per run that has a router."""
+    """One row per experiment that has a router."""
     for name in names:
-        mine = [r["measures"] | r["routing"] for (n, _), r in sorted(records.items()) if n == name]
-        cells = [f"{mean(m[key] for m in mine):.3f}" if all(key in m for m in mine) else "" for key in MEASURES]
+        mine = [r["measures"] | r["routing"] for r in of_name(records, name)]
+        for values in mine:  # "balance" is the column's name in older logs
+            values.setdefault("imbalance", values.get("balance"))
+        cells = [f"{mean(values[key] for values in mine):.3f}"
+                 if all(values.get(key) is not None for values in mine) else "" for key in MEASURES]
         if any(cells):
-            yield f"| `{name}` | {' | '.join(cells)} |"
+            yield table_row(f"`{name}`", *cells)
 
 
 def sweep_rows(records):
     """One row per family: the loss at each learning rate of the sweep."""
-    rows = []
     for base in SWEPT:
-        losses = [records[f"lr/{base}/{lr}", 1]["val_loss"] if (f"lr/{base}/{lr}", 1) in records else math.inf for lr in SWEEP]
-        cells = ["-" if x == math.inf else f"**{x:.4f}**" if x == min(losses) else f"{x:.4f}" for x in losses]
-        rows.append(f"| {base} | {' | '.join(cells)} |")
-    return rows
+        found = [records.get((f"lr/{base}/{lr}", 1)) for lr in SWEEP]
+        losses = [record["val_loss"] if record else math.inf for record in found]
+        cells = [f"{loss:.4f}" if loss < math.inf else "-" for loss in losses]
+        best = losses.index(min(losses))
+        if losses[best] < math.inf:
+            cells[best] = f"**{cells[best]}**"
+        yield table_row(base, *cells)
 
 
 def report(size):
     """results/claims.md (claims-gpu.md) and figures, from the records alone."""
     records = load_records(size)
     if not records:
-        raise ValueError(f"no records of size {size} in results/runs: run some first: python -m lab.reproduce --only=a --seeds=1")
-    done = [name for name in RUNS if any(n == name for n, _ in records)]
-    machines = sorted({f"{r['hardware']}, torch {r['torch']}" for r in records.values()})
-    commits = sorted({r["commit"] for r in records.values()})
-    base, common, suffix = SIZES[size], common_spread(records), "" if size == "cpu" else f"-{size}"
-    lines = [f"# What holds at {size} size", "",
-             f"Written by `python -m lab.reproduce --report --size={size}` from results/runs/. {base['arch']} blocks, "
-             f"{base['n_layer']} layers (12 where it says so), width {base['d_model']}, context {base['block_size']}, "
-             f"{base['dataset']}; loss in nats per {'byte' if size == 'cpu' else 'token'}, {base['eval_tokens']:,} of them. "
-             f"{len(records)} runs on {'; '.join(machines)}; commits {', '.join(commits)}.", "",
-             "The left side is claimed to be below the right one. Paired over seeds; \"holds\" and \"does not hold here\"",
-             "mean that the 95 % t-interval of the paired difference lies on one side of zero, \"undecided\" that it does not,",
-             "or that there is one seed. The interval of losses takes one error for all runs with seeds 1, 2 and 3 (two-way",
-             f"analysis of variance: paired differences deviate by {common[0]:.4f}, with {common[1]} degrees of freedom),",
-             "or the pair's own where that is larger; measures other than the loss take their own, with n - 1. Of claims",
-             "without any effect one in twenty gets a verdict by chance. Initial scale, raw scores and rates were chosen on",
-             "trial runs with seeds 1 to 3, which are among these seeds (log.md).", "",
-             "| | claim | left | right | difference | seeds | verdict |", "|---|---|---|---|---|---|---|",
-             *(claim_row(records, common, *claim) for claim in CLAIMS), "",
-             "## Runs", "", "Loss against tokens, FLOPs and seconds, with the range of the seeds: "
-             + ", ".join(f"[{title}](claims{suffix}-{title}.png)" for title in FIGURES) + ".", "",
-             "| run | validation loss | seeds | stored | active | tokens | FLOPs | seconds |",
-             "|---|---|---|---|---|---|---|---|",
-             *(run_row(records, name) for name in done), "",
-             "FLOPs: (6 N_active + 12 L D S) times tokens. Seconds: tokens by a run's median speed, validations apart, on a",
-             "machine that was shared; compare them with care.", "",
-             "## What the routers do", "", "Means over seeds, on 64 held-out windows; balance and shares at the last step.", "",
-             f"| run | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES), *measure_rows(records, done), "",
-             "## Learning rates", "", f"One seed, half of the steps. Used: {LR[size]}.", "",
-             "| | " + " | ".join(f"{lr:g}" for lr in SWEEP) + " |", "|---|" + "---|" * len(SWEEP), *sweep_rows(records), ""]
-    write_atomically(f"results/claims{suffix}.md", lambda f: f.write("\n".join(lines).encode()))
+        raise ValueError(f"no records of size {size} in results/runs: run some first: "
+                         "python -m lab.reproduce --only=a --seeds=1")
+    suffix = "" if size == "cpu" else f"-{size}"
+    text = "\n".join(report_lines(size, records, suffix))
+    write_atomically(f"results/claims{suffix}.md", lambda f: f.write(text.encode()))
     print(f"wrote results/claims{suffix}.md from {len(records)} runs")
     draw_curves(records, suffix)
+
+
+HEAD = """\
+# What holds at {size} size
+
+Written by `python -m lab.reproduce --report --size={size}` from results/runs/.
+{arch} blocks, {n_layer} layers (12 where it says so), width {d_model}, context {block_size},
+{dataset}; loss in nats per {unit}, {eval_tokens:,} of them. {n} runs on {machines};
+commits {commits}.
+
+The left side is claimed to be below the right one. Paired over seeds; "holds" and "does not hold
+here" mean that the 95 % t-interval of the paired difference lies on one side of zero, "undecided"
+that it does not, or that there is one seed. The interval of losses takes one error for all runs
+with seeds 1, 2 and 3 (two-way analysis of variance: paired differences deviate by {deviation:.4f},
+with {freedom} degrees of freedom), or the pair's own where that is larger; measures other than the
+loss take their own, with n - 1. Of claims without any effect one in twenty gets a verdict by
+chance. Initial scale, raw scores and rates were chosen on trial runs with seeds 1 to 3, which are
+among these seeds (log.md).
+"""
+RUNS_NOTE = """
+FLOPs: (6 N_active + 12 L D S) times tokens. Seconds: tokens by a run's median speed, validations
+apart, on a machine that was shared; compare them with care.
+"""
+ROUTERS_NOTE = "Means over seeds, on 64 held-out windows; imbalance and shares at the last step.\n"
+
+
+def report_lines(size, records, suffix):
+    unit, (deviation, freedom) = "byte" if size == "cpu" else "token", common_spread(records)
+    done = [name for name in EXPERIMENTS if of_name(records, name)]
+    machines = {f"{r['hardware']}, torch {r['torch']}" for r in records.values()}
+    figures = ", ".join(f"[{title}](claims{suffix}-{title}.png)" for title in FIGURES)
+    yield HEAD.format(
+        size=size, **SIZES[size], unit=unit, n=len(records), machines="; ".join(sorted(machines)),
+        commits=", ".join(sorted({r["commit"] for r in records.values()})), deviation=deviation,
+        freedom=freedom)
+    yield from table_head("", "claim", "left", "right", "difference", "seeds", "verdict")
+    for claim in CLAIMS:
+        yield claim_row(records, (deviation, freedom), *claim)
+    yield "\n## Runs\n\nLoss against tokens, FLOPs and seconds, with the range of the seeds:"
+    yield f"{figures}.\n"
+    yield from table_head("run", "validation loss", "seeds", "stored", "active", "tokens", "FLOPs",
+                          "seconds")
+    for name in done:
+        yield run_row(records, name)
+    yield f"{RUNS_NOTE}\n## What the routers do\n\n{ROUTERS_NOTE}"
+    yield from table_head("run", *MEASURES)
+    yield from measure_rows(records, done)
+    yield f"\n## Learning rates\n\nOne seed, half of the steps. Used: {LR[size]}.\n"
+    yield from table_head("", *(f"{lr:g}" for lr in SWEEP))
+    yield from sweep_rows(records)
+    yield ""
 
 
 def draw_curves(records, suffix):
@@ -766,11 +887,10 @@ def draw_curves(records, suffix):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print('no figures: pip install "nanoexperts[plot]"')
-        return
+        return print('no figures: pip install -e ".[plot]"')
     for title, names in FIGURES.items():
-        groups = {n: [r for (m, _), r in sorted(records.items()) if m == n] for n in names}
-        groups = {n: group for n, group in groups.items() if group}
+        groups = {name: of_name(records, name) for name in names.split()}
+        groups = {name: group for name, group in groups.items() if group}
         if not groups:
             continue
         figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
@@ -782,45 +902,54 @@ def draw_curves(records, suffix):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("validation loss (nats)")
-        figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=2)
+        figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=7,
+                      loc="outside lower center", ncols=2)
         shown = [r for group in groups.values() for r in group]
         commits = ", ".join(sorted({r["commit"] for r in shown}))
         tokens = max(r["tokens"] for r in shown) / 1e6
-        figure.suptitle(f"{tokens:.2f}M tokens, {shown[0]['hardware']}, commit {commits}", fontsize=8)
-        write_atomically(f"results/claims{suffix}-{title}.png",
-                         lambda f, figure=figure: figure.savefig(f, format="png", metadata={"Software": None}))
+        heading = f"{tokens:.2f}M tokens, {shown[0]['hardware']}, commit {commits}"
+        figure.suptitle(heading, fontsize=8)
+        save = partial(figure.savefig, format="png", metadata={"Software": None})
+        write_atomically(f"results/claims{suffix}-{title}.png", save)
 
 
 def draw_run(panels, name, group):
-    """One run of a figure: `group` are its records, one a seed."""
+    """One experiment of a figure: `group` are its records, one a seed."""
     r, seeds = group[0], f"{len(group)} seed{'s' * (len(group) > 1)}"
-    label = f"{name}: {seeds}, {r['n_params'] / 1e6:.2f}M stored, {r['n_active_params'] / 1e6:.2f}M active"
-    points = [list(zip(*of_seeds)) for of_seeds in zip(*(r["curve"] for r in group))]  # a point: tokens, seconds, losses
+    stored, active = r["n_params"] / 1e6, r["n_active_params"] / 1e6
+    label = f"{name}: {seeds}, {stored:.2f}M stored, {active:.2f}M active"
+    points = [list(zip(*of_seeds)) for of_seeds in zip(*(r["curve"] for r in group))]
     tokens, seconds, losses = ([mean(point[i]) for point in points] for i in range(3))
     flops = [t * r["flops_per_token"] / 1e12 for t in tokens]
+    low, high = [min(p[2]) for p in points], [max(p[2]) for p in points]
     for axes, x in zip(panels, ([t / 1e6 for t in tokens], flops, seconds)):
         line, = axes.plot(x, losses, marker="o", markersize=3, label=label)
-        axes.fill_between(x, [min(p[2]) for p in points], [max(p[2]) for p in points], alpha=0.15, color=line.get_color())
+        axes.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+
+
+def show_list(config):
+    rows = []
+    for name in dict.fromkeys(name for name, _ in wanted(config)):
+        done = [seed for seed in config.seeds if is_done(config.size, name, seed)] or "-"
+        claims = ",".join(claims_of(EXPERIMENTS[name][0])) if name in EXPERIMENTS else ""
+        rows.append(f"{name:22} claims {claims:14} seeds done {done}  {overrides_of(name)}")
+    print("\n".join(rows), flush=True)  # in one piece, so that `--list | head` is no broken pipe
 
 
 def main():
     from configurator import fail, parse
-    parsed = parse(ReproduceConfig, doc=__doc__)
-    config = parsed.make(ReproduceConfig)
+    config = parse(ReproduceConfig, doc=__doc__).make(ReproduceConfig)
     try:
         if config.child:
             run_one(config.size, config.child, config.seeds[0])
         elif config.list:
-            for name in dict.fromkeys(name for name, _ in wanted(config)):
-                done = [s for s in config.seeds if is_done(config.size, name, s)]
-                claims = ",".join(claims_of(RUNS.get(name, ("",))[0]))
-                print(f"{name:22} claims {claims:14} seeds done {done or '-'}  {overrides_of(name)}")
+            show_list(config)
         elif config.report:
             report(config.size)
         elif run_all(config):
             sys.exit(1)
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail(error)
     except KeyboardInterrupt:  # `finally` has stopped the children, each after saving
         sys.exit(128 + signal.SIGINT)
 
