@@ -1,0 +1,399 @@
+"""
+The experts in plain torch: what kernels.py runs without a GPU, and compares its kernels with.
+
+Correct on any device; what is done for speed is done for CPUs, each trick with what it gained.
+Letters are those of support/ops.py: T, D, F, E, K, N = T*K rows, W rows of w_in per expert.
+"""
+
+import functools
+import os
+import sys
+import warnings
+from statistics import NormalDist
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from support.ops import activate, activate_backward, kept, undo_order
+
+# ------------------------------------------------------------------------------------------------
+# 1. The process: memory pages, and what may be compiled
+
+
+def prepare_process():
+    """
+    For scripts, before their first tensor: huge pages for large CPU tensors, where the system lets
+    programs ask for them. A fresh 200 MB gradient costs 800 page faults instead of 49,000.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+_compile = {"allowed": False, "announced": False}
+
+
+def allow_compile(allowed: bool) -> None:
+    """Whether `fused` functions may go through torch.compile: at first not (it takes seconds to a
+    minute), and a trainer that compiles its model says yes."""
+    _compile["allowed"] = allowed
+
+
+def worth_compiling(x):
+    return _compile["allowed"] and x.device.type == "cpu" and x.numel() >= 2**20
+
+
+def fused(f):
+    """f, and for large CPU inputs a compiled f, one pass over memory instead of one per operation:
+    3 to 4 times as fast. If compiling fails (no C++ compiler), warn once and run eagerly."""
+    compiled = None
+
+    @functools.wraps(f)
+    def call(first, *others):
+        nonlocal compiled
+        if not worth_compiling(first) or compiled is f:
+            return f(first, *others)
+        if not _compile["announced"]:
+            print("compiling the experts' elementwise functions for this CPU: up to a minute, once;"
+                  " --compile=false does without", file=sys.stderr, flush=True)
+            _compile["announced"] = True
+        compiled = compiled or torch.compile(f, dynamic=True)
+        try:
+            return compiled(first, *others)
+        except Exception as error:  # a missing or broken compiler: nothing has run yet
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            problem = f"torch.compile cannot build {f.__name__} ({type(error).__name__})"
+            warnings.warn(f"{problem}: slower on this CPU", stacklevel=2)
+            compiled = f
+            return f(first, *others)
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Matrix products
+
+
+@functools.cache
+def onednn_beats_mkl():
+    """In fp32 on AMD, by up to 2 (171 rows, two threads). On Intel MKL is ahead, by 1.05 to 1.7."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return torch.backends.mkldnn.is_available() and "AuthenticAMD" in f.read()
+    except OSError:
+        return False
+
+
+def linear(a, w, out=None):
+    """a @ w.T without autograd, through the faster library; in `out`, where it takes one."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not onednn_beats_mkl():
+        return torch.mm(a, w.T, out=out)
+    return torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
+
+
+def padded(n):
+    """n rounded up: oneDNN compiles a kernel for each shape (4 ms), in bf16 on every CPU, so let
+    there be few. Without this a training step took 3.3 s instead of 1.4 s."""
+    step = 16 if n <= 512 else 64
+    return -(-n // step) * step
+
+
+def buffers(like, ends, *widths):
+    """
+    Uninitialised (rows, width) scratch tensors, reused expert by expert; rows is a power of two
+    that the longest run fits. Sizes that change with every step's routing fragment the heap, and
+    the system zeroes each new piece of it: a step took 2.6 s instead of 1.4 s.
+    """
+    longest = int(ends.diff(prepend=ends.new_zeros(1)).max())
+    rows = max(64, 1 << (longest - 1).bit_length())
+    return [like.new_empty(rows, width) for width in widths]
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Grouped experts: all in one grouped_mm, or one expert after the other
+
+
+def at_once(x, w_in, w_out, order):
+    """
+    Whether one grouped_mm per weight serves all experts: in bf16 on a GPU, and on a CPU while an
+    expert has at most 2^16 pre-activations (256 KB in fp32). Larger experts go one after the other,
+    so that rows and weights stay in the cache: 1.3 times as fast for F=1024, but 2 to 4 times as
+    slow for F=128 and 32. grouped_mm's rules: no float64, rows of a multiple of 16 bytes.
+    """
+    if x.dtype == torch.float64 or any(n * x.element_size() % 16 for n in w_out.shape[1:]):
+        return False
+    if x.is_cuda:
+        return x.dtype == torch.bfloat16
+    return order.numel() * w_in.shape[1] <= 2**16 * w_in.shape[0]
+
+
+def experts_forward(x, weights, order, ends, w_in, w_out, activation, save, keep):
+    """The forward step of support.ops.make_experts."""
+    way = forward_at_once if at_once(x, w_in, w_out, order) else forward_one_by_one
+    return way(x, weights, order, ends, w_in, w_out, activation, save, keep)
+
+
+def experts_backward(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation):
+    """The backward step. A product over no rows writes zeros: idle experts need no care."""
+    way = backward_at_once if at_once(x, w_in, w_out, order) else backward_one_by_one
+    return way(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation)
+
+
+def sum_choices(rows, order, top_k):
+    """rows (N, D) in expert order -> (T, D), in a fixed order, unlike index_add_ on a GPU."""
+    return undo_order(rows, order).view(-1, top_k, rows.shape[1]).sum(1)
+
+
+def forward_at_once(x, weights, order, ends, w_in, w_out, activation, save, keep):
+    token, gate = order // weights.shape[1], weights.reshape(-1)[order, None]
+    h = F.grouped_mm(x.index_select(0, token), w_in.transpose(1, 2), offs=ends)  # (N, W)
+    act = activate(h, activation)
+    y = F.grouped_mm(act, w_out.transpose(1, 2), offs=ends) * gate.to(x.dtype)  # (N, D)
+    acts = undo_order(act, order) if keep else act.new_empty(0, act.shape[1])
+    return sum_choices(y, order, weights.shape[1]), h if save else h.new_empty(0, h.shape[1]), acts
+
+
+def backward_at_once(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation):
+    token, gate = order // weights.shape[1], weights.reshape(-1)[order, None].to(x.dtype)
+    x_e, dy_e = x.index_select(0, token), dy.index_select(0, token)  # (N, D)
+    g = F.grouped_mm(dy_e, w_out, offs=ends)  # (N, F), before the gate
+    d_act = g * gate if d_acts is None else g * gate + d_acts.index_select(0, order)
+    act, dh = activate_backward(h, d_act, activation)
+    d_gate = weights.new_empty(order.numel())
+    d_gate[order] = torch.linalg.vecdot(g, act).to(d_gate.dtype)
+    dw_out = F.grouped_mm(dy_e.mul_(gate).T, act, offs=ends)
+    dw_in = F.grouped_mm(dh.T, x_e, offs=ends)
+    if x.is_cuda:  # some GPUs leave the result of an empty group unwritten (pytorch issue 172439)
+        idle = (ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None]
+        dw_in.masked_fill_(idle, 0)
+        dw_out.masked_fill_(idle, 0)
+    dx = sum_choices(F.grouped_mm(dh, w_in, offs=ends), order, weights.shape[1])
+    return dx, d_gate.view_as(weights), dw_in, dw_out
+
+
+def expert_slices(order, ends, weights):
+    """For every expert: its number, its slice of the sorted rows, their tokens, gates (n, 1)."""
+    begin = 0
+    for e, end in enumerate(ends.tolist()):
+        slots = order[begin:end]
+        yield e, slice(begin, end), slots // weights.shape[1], weights.reshape(-1)[slots, None]
+        begin = end
+
+
+@fused
+def activate_into(h, out, activation):
+    out.copy_(activate(h, activation))
+
+
+@fused
+def activate_backward_into(h, g, gate, d_act, gated_act, dh, activation):
+    """g (n, F), the gradient before the gate -> gate * act and dh, in place; of the gate (n,)."""
+    act, d_h = activate_backward(h, g * gate if d_act is None else d_act + g * gate, activation)
+    gated_act.copy_(act * gate)
+    dh.copy_(d_h)
+    return (g * act).sum(-1)
+
+
+def forward_one_by_one(x, weights, order, ends, w_in, w_out, activation, save, keep):
+    n, (d, f), wide = order.numel(), w_out.shape[1:], w_in.shape[1]
+    y = torch.zeros_like(x)
+    h, acts = x.new_empty(n if save else 0, wide), x.new_empty(n if keep else 0, f)
+    x_e, h_e, act, y_e = buffers(x, ends, d, wide, f, d)
+    for e, rows, token, gate in expert_slices(order, ends, weights):
+        m, r = len(token), padded(len(token))
+        torch.index_select(x, 0, token, out=x_e[:m])
+        before = linear(x_e[:r], w_in[e], h_e[:r])[:m]
+        activate_into(before, act[:m], activation)
+        y.index_add_(0, token, linear(act[:r], w_out[e], y_e[:r])[:m].mul_(gate))
+        if save:
+            h[rows] = before
+        if keep:
+            acts[order[rows]] = act[:m]
+    return y, h, acts
+
+
+def backward_one_by_one(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation):
+    (d, f), wide = w_out.shape[1:], w_in.shape[1]
+    dx, d_gate = torch.zeros_like(x), weights.new_empty(order.numel())
+    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    x_e, dx_e, dy_e, g, act, dh = buffers(x, ends, d, d, d, f, f, wide)
+    for e, rows, token, gate in expert_slices(order, ends, weights):
+        m, r, slots = len(token), padded(len(token)), order[rows]
+        torch.index_select(x, 0, token, out=x_e[:m])
+        torch.index_select(dy, 0, token, out=dy_e[:m])
+        d_act = None if d_acts is None else d_acts.index_select(0, slots)
+        before_gate, gate = linear(dy_e[:r], w_out[e].T, g[:r])[:m], gate.to(g.dtype)
+        found = activate_backward_into(
+            h[rows], before_gate, gate, d_act, act[:m], dh[:m], activation)
+        d_gate[slots] = found.to(d_gate.dtype)
+        for padding in (x_e[m:r], dy_e[m:r], act[m:r], dh[m:r]):
+            padding.zero_()  # the products below sum over it
+        torch.mm(dy_e[:r].T, act[:r], out=dw_out[e])
+        torch.mm(dh[:r].T, x_e[:r], out=dw_in[e])
+        dx.index_add_(0, token, linear(dh[:r], w_in[e].T, dx_e[:r])[:m])
+    return dx, d_gate.view_as(weights), dw_in, dw_out
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Masks: exactly the n largest entries of a row
+
+
+def thresholds_reference(scores, n_keep):
+    """scores (R, F) -> value (R,), cut (R,) int32: what `kept` needs to keep the n_keep largest,
+    ties to the lowest column."""
+    width = scores.shape[-1]
+    value = scores.kthvalue(width - n_keep + 1, dim=-1, keepdim=True).values
+    cut = torch.full(scores.shape[:-1], width, dtype=torch.int32, device=scores.device)
+    if scores.device.type != "cpu" or (scores >= value).sum() > n_keep * len(scores):  # any ties?
+        tie = scores == value
+        wanted = n_keep - (scores > value).sum(-1, keepdim=True)  # so many of them are kept
+        last = tie & (tie.cumsum(-1, dtype=torch.int32) == wanted)
+        last = last.to(torch.uint8).argmax(-1).to(torch.int32)
+        cut = torch.where(tie.sum(-1) > wanted.squeeze(-1), last, cut)
+    return value.squeeze(-1), cut
+
+
+@fused
+def close_in(scores, n_keep, quantile, steps=12):
+    """
+    scores (R, F) fp32 -> the highest level tried that n_keep entries or more reach (R,), and how
+    many reach it (R,).
+
+    n_low >= n_keep entries are at least `low`, n_high < n_keep at least `high`. The first level is
+    a Gaussian's quantile; then regula falsi on the counts, by the Illinois rule: an end that stays
+    twice counts half, so that neither end stalls.
+    """
+    low, high, mean = scores.amin(-1), scores.amax(-1), scores.mean(-1)
+    deviation = (scores.square().mean(-1) - mean.square()).clamp_min(0).sqrt()
+    level = mean + deviation * quantile
+    n_low, n_high = torch.full_like(low, scores.shape[-1]), torch.zeros_like(low)
+    above, below = torch.ones_like(low), torch.ones_like(low)  # weights of the ends
+    last = torch.zeros_like(low)  # which end moved: 1 low, -1 high
+    for _ in range(steps):
+        level = torch.minimum(torch.maximum(level, low), high)
+        n = torch.where(scores >= level.unsqueeze(-1), 1.0, 0.0).sum(-1)
+        enough, settled = n >= n_keep, n_low == n_keep
+        above = torch.where(enough, torch.where(last > 0, above / 2, above), 1.0)
+        below = torch.where(enough, 1.0, torch.where(last < 0, below / 2, below))
+        last = torch.where(enough, 1.0, -1.0)
+        raise_low, keep_high = enough & ~settled, enough | settled
+        low, n_low = torch.where(raise_low, level, low), torch.where(raise_low, n, n_low)
+        high, n_high = torch.where(keep_high, high, level), torch.where(keep_high, n_high, n)
+        a, b = (n_keep - n_high - 0.5) * above, (n_low - n_keep + 0.5) * below
+        level = high - (high - low) * (a / (a + b)).clamp(0.001, 0.999)
+    return low, n_low
+
+
+def thresholds(scores, n_keep):
+    """thresholds_reference for large scores in a third of its time, where close_in is compiled
+    (else it would take three times as long); rows that stay open (2 %) go to it."""
+    width = scores.shape[-1]
+    if not worth_compiling(scores) or scores.dtype != torch.float32:
+        return thresholds_reference(scores, n_keep)
+    if n_keep == width:  # no quantile: all are kept
+        return scores.amin(-1), torch.full(scores.shape[:1], width, dtype=torch.int32)
+    value, n = close_in(scores, n_keep, NormalDist().inv_cdf(1 - n_keep / width))
+    cut = torch.full_like(value, width, dtype=torch.int32)
+    still_open = (n != n_keep).nonzero().squeeze(-1)
+    value[still_open], cut[still_open] = thresholds_reference(scores[still_open], n_keep)
+    return value, cut
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Masked FFN, a chunk of tokens at a time
+
+
+@fused
+def mask_and_activate(scores, h, value, cut, out, activation):
+    """scores (T, K, F), h (T, W) -> act(h) * mean_k mask (T, F), into out."""
+    mask = torch.where(kept(scores, value, cut), scores, 0).mean(1)
+    out.copy_(activate(h, activation) * mask)
+
+
+@fused
+def mask_backward(scores, h, value, cut, du, dh, activation):
+    """du (T, F) -> the forward's u, in its place; dh (T, W); d scores, in the place of scores."""
+    keep = kept(scores, value, cut)
+    mask = torch.where(keep, scores, 0).mean(1)
+    act, d_h = activate_backward(h, (du * mask).to(h.dtype), activation)
+    dh.copy_(d_h)
+    scores.copy_(torch.where(keep, (du * act / scores.shape[1]).unsqueeze(1), 0))
+    du.copy_(act * mask)
+
+
+def token_chunks(n_tokens, numbers_per_token):
+    """Slices of about equal size, some two million numbers each: they fit a CPU's cache."""
+    n_chunks = max(1, -(-n_tokens * numbers_per_token // 2**21))
+    size = max(1, -(-n_tokens // n_chunks))
+    return [slice(i, i + size) for i in range(0, n_tokens, size)]
+
+
+def masks(h, z, w_z, n_keep, activation):
+    """The forward step of support.ops.make_masked."""
+    (t, k), f = z.shape[:2], w_z.shape[0]
+    u, cut = h.new_empty(t, f), z.new_empty(t, k, dtype=torch.int32)
+    value = z.new_empty(t, k, dtype=torch.promote_types(z.dtype, torch.float32))
+    for rows in token_chunks(t, k * f):
+        scores = F.linear(z[rows], w_z)  # (chunk, K, F)
+        chunk_value, chunk_cut = thresholds(scores.view(-1, f), n_keep)
+        value[rows], cut[rows] = chunk_value.view(-1, k), chunk_cut.view(-1, k)
+        mask_and_activate(scores, h[rows], value[rows], cut[rows], u[rows], activation)
+    return u, value, cut
+
+
+def masks_backward(du, h, z, w_z, value, cut, activation):
+    """Its backward step; the scores are computed again."""
+    u, dh, dz, dw_z = du.clone(), torch.empty_like(h), torch.empty_like(z), torch.zeros_like(w_z)
+    for rows in token_chunks(z.shape[0], z.shape[1] * w_z.shape[0]):
+        scores = F.linear(z[rows], w_z)  # (chunk, K, F)
+        mask_backward(scores, h[rows], value[rows], cut[rows], u[rows], dh[rows], activation)
+        dz[rows] = scores @ w_z
+        dw_z.addmm_(scores.flatten(0, 1).T, z[rows].flatten(0, 1))
+    return u, dh, dz, dw_z
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Decoding reads only the rows of w_in and columns of w_out that a mask keeps: 3.1 -> 0.74 ms
+
+_transposed = WeakTensorKeyDictionary()
+
+
+def transposed(w):
+    """w (D, F) -> w.T contiguous, so that a column is one read. Kept while w lives unchanged."""
+    if w.T.is_contiguous() or w.is_inference():
+        return w.T.contiguous()
+    state = (w._version, w.data_ptr())
+    if w not in _transposed or _transposed[w][0] != state:
+        _transposed[w] = state, w.T.contiguous()
+    return _transposed[w][1]
+
+
+@functools.cache
+def hear_beta_warning():
+    """torch says once that its sparse CSR tensors are in beta: here, where nobody listens."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()
+
+
+def decode(x, scores, w_in, w_out_t, n_keep, activation):
+    """x (T, D), scores (T, K, F), w_in (W, D), w_out_t (F, D) -> y (T, D), in a tuple."""
+    t, k, f = scores.shape
+    value, cut = thresholds(scores.view(t * k, f), n_keep)
+    mask = torch.where(kept(scores, value.view(t, k), cut.view(t, k)), scores, 0).mean(1)  # (T, F)
+    if x.device.type != "cpu" or w_in.dtype not in (torch.float32, torch.float64):
+        u = activate(x @ w_in.to(x.dtype).T, activation) * mask.to(x.dtype)  # no sampled products
+        return (u @ w_out_t.to(x.dtype),)
+    hear_beta_warning()
+    active, rows = mask.to(w_in.dtype).to_sparse_csr(), x.to(w_in.dtype)
+    column, m = active.col_indices(), active.values()  # (active,)
+    if t == 1:  # a row is a thread's: deal the row's neurons out to as many rows as threads
+        parts = torch.get_num_threads()
+        begins = torch.arange(parts + 1) * len(m) // parts
+        active = torch.sparse_csr_tensor(begins, column, m, (parts, f), check_invariants=False)
+        rows = rows.expand(parts, -1).contiguous()
+    h = [torch.sparse.sampled_addmm(active, rows, w.T, beta=0).values() for w in w_in.split(f)]
+    u = activate(torch.cat(h), activation) * m  # (active,); h was gate and up, or h
+    starts = active.crow_indices()[:-1]
+    y = F.embedding_bag(column, w_out_t, starts, mode="sum", per_sample_weights=u)
+    return ((y if t > 1 else y.sum(0, keepdim=True)).to(x.dtype),)
