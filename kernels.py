@@ -623,7 +623,8 @@ def trusted(step, arguments):
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # of the compiler or the launch: torch can do without
-            problem = f"fails ({type(failure).__name__}: {str(failure).strip().splitlines()[:1]})"
+            reason = str(failure).strip().partition("\n")[0]
+            problem = f"fails ({type(failure).__name__}: {reason})"
         _trusted[key] = problem is None
         if problem:
             where = f"in {x.dtype} on {x.device}"

@@ -1,21 +1,27 @@
 """
-What test_kernels.py compares with: the formulas as loops over tokens in float64, with nothing of kernels.py in them.
+What test_kernels.py compares with: the formulas as loops over tokens in float64, with nothing of
+kernels.py in them.
 
-Run as a script, it is the part of the tests that needs TRITON_INTERPRET=1 from the first import on: it runs the Triton
-kernels on CPU tensors and prints, as JSON, how far every output and gradient is from the loops.
+Run as a script, it is the part of the tests that needs TRITON_INTERPRET=1 from the first import on:
+it runs the Triton kernels on CPU tensors and prints, as JSON, how far they are from the loops.
 """
+import ctypes
 import json
 import math
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # T, D, F, E, K, activation, which ids, keep the activations. The interpreter works in tiles of 32.
 EXPERT_CASES = {
     "one token, K = E": (1, 32, 32, 3, 3, "gelu", "random", False),
     "one token, one expert": (1, 16, 16, 1, 1, "swiglu", "random", False),
-    "a prime number of experts, K = 2, nothing a multiple of a tile": (13, 40, 24, 5, 2, "swiglu", "random", False),
+    "5 experts, K = 2, nothing a multiple of a tile": (13, 40, 24, 5, 2, "swiglu", "random", False),
     "F of two tiles and a bit": (20, 17, 70, 3, 2, "gelu", "random", True),
-    "all tokens on one expert: four idle, several tiles of rows": (70, 32, 32, 5, 1, "swiglu", "one", False),
+    "all on one expert: four idle, several tiles": (70, 32, 32, 5, 1, "swiglu", "one", False),
     "an idle expert at each end and in the middle": (24, 24, 40, 7, 2, "swiglu", "middle", True),
     "more experts than tokens": (2, 20, 33, 11, 2, "gelu", "random", False),
     "a run that ends exactly on a tile": (64, 32, 32, 2, 1, "swiglu", "halves", True),
@@ -43,18 +49,20 @@ def ids_of(kind, t, e, k):
 
 
 def expert_inputs(t, d, f, e, k, activation, ids="random", dtype=torch.float64, device="cpu"):
-    """x, weights, ids, w_in, w_out; the leaves need gradients. Scaled so that every output is about 1."""
+    """x, weights, ids, w_in, w_out; the leaves need gradients. Outputs are about 1."""
     wide = 2 if activation == "swiglu" else 1
-    shapes = (t, d), (t, k), (e, wide * f, d), (e, d, f)
-    scales = 1, 1, d ** -0.5, f ** -0.5
-    x, weights, w_in, w_out = ((torch.randn(shape) * s).to(device, dtype).requires_grad_() for shape, s in zip(shapes, scales))
+    leaf = lambda *shape, scale=1: (torch.randn(shape) * scale).to(device, dtype).requires_grad_()
+    x, weights = leaf(t, d), leaf(t, k)
+    w_in, w_out = leaf(e, wide * f, d, scale=d**-0.5), leaf(e, d, f, scale=f**-0.5)
     return x, weights, ids_of(ids, t, e, k).to(device), w_in, w_out
 
 
 def mask_inputs(t, d, f, k, dz, n, activation, scores="normal", dtype=torch.float64, device="cpu"):
-    """x, z, w_in, w_out, w_z, all leaves. scores "integers": w_z z is a small integer, equal in every dtype; "constant": 1."""
+    """x, z, w_in, w_out, w_z, all leaves. scores "integers": w_z z is a small integer, equal in
+    every dtype; "constant": 1."""
     wide = 2 if activation == "swiglu" else 1
-    x, w_in, w_out = torch.randn(t, d), torch.randn(wide * f, d) / d ** 0.5, torch.randn(d, f) / f ** 0.5
+    x, w_in = torch.randn(t, d), torch.randn(wide * f, d) / d**0.5
+    w_out = torch.randn(d, f) / f**0.5
     if scores == "normal":
         z, w_z = torch.randn(t, k, dz), torch.randn(f, dz) / dz ** 0.5
     elif scores == "integers":
@@ -101,17 +109,20 @@ def literal_masked(x, z, w_in, w_out, w_z, n, activation):
 
 
 def outputs_and_gradients(function, leaves):
-    """function() -> a tensor or several; a fixed, uneven gradient into each; -> outputs, then gradients of the leaves."""
+    """function() -> a tensor or several; a fixed, uneven gradient into each; -> outputs, then
+    gradients of the leaves."""
     outputs = function()
     outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
-    losses = [(y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y).cos()).sum() for y in outputs]
+    uneven = lambda y: torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
+    losses = [(y * uneven(y).cos()).sum() for y in outputs]
     return outputs + list(torch.autograd.grad(sum(losses), leaves))
 
 
 def distances(ours, expected):
     """|a - b| / |b| for each pair; expected is float64."""
     assert len(ours) == len(expected)
-    return [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(ours, expected)]
+    relative = lambda a, b: ((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item()
+    return [relative(a, b) for a, b in zip(ours, expected)]
 
 
 def compare_experts(case, backend, dtype, device="cpu"):
@@ -119,14 +130,15 @@ def compare_experts(case, backend, dtype, device="cpu"):
     from kernels import expert_ffn
     *shape, activation, ids, keep = case
     inputs = expert_inputs(*shape, activation, ids, dtype, device)
-    exact = [a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a for a in inputs]
+    exact = [a.detach().double().requires_grad_() if a.requires_grad else a for a in inputs]
     leaves, exact_leaves = ([a for a in i if a.requires_grad] for i in (inputs, exact))
     ours = outputs_and_gradients(lambda: expert_ffn(*inputs, activation, backend, keep), leaves)
-    return distances(ours, outputs_and_gradients(lambda: literal_experts(*exact, activation)[: 1 + keep], exact_leaves))
+    loop = lambda: literal_experts(*exact, activation)[: 1 + keep]
+    return distances(ours, outputs_and_gradients(loop, exact_leaves))
 
 
 def compare_masked(case, backend, dtype, device="cpu"):
-    """Distances of y, the gradients of x, z, w_in, w_out, w_z, and of y decoded without gradients."""
+    """Distances of y, the gradients of x, z, w_in, w_out, w_z, and of y without gradients."""
     from kernels import masked_ffn
     *_, n, activation, _ = case
     leaves = mask_inputs(*case, dtype, device)
@@ -139,16 +151,51 @@ def compare_masked(case, backend, dtype, device="cpu"):
 
 
 def compare_thresholds(dtype):
-    """topn_mask through the kernel on rows with -0.0, infinities, negative numbers and ties -> number of rows that differ."""
+    """topn_mask through the kernel on rows with -0.0, infinities, negative numbers and ties -> how
+    many rows differ."""
     from kernels import topn_mask
     inf, wrong = float("inf"), 0
-    rows = torch.tensor([[0.0, -0.0, 0.0, -0.0, 1.0, -1.0], [inf, -inf, -inf, 2.0, inf, -inf],
-                         [-1.0, -3.0, -1.0, -2.0, -1.0, -1.0], [3.0] * 6, [1e-8, -1e-8, 0.0, 1.0, -1.0, 60000.0]]).to(dtype)
+    rows = [[0.0, -0.0, 0.0, -0.0, 1.0, -1.0], [inf, -inf, -inf, 2.0, inf, -inf],
+            [-1.0, -3.0, -1.0, -2.0, -1.0, -1.0], [3.0] * 6, [1e-8, -1e-8, 0.0, 1.0, -1.0, 60000.0]]
+    rows = torch.tensor(rows).to(dtype)
     for n in range(1, 7):
         for row, masked in zip(rows.tolist(), topn_mask(rows, n, "triton").tolist()):
             keep = literal_kept(row, n)
             wrong += any((v != row[j]) if j in keep else (v != 0) for j, v in enumerate(masked))
     return wrong
+
+
+def lend_cuda_a_device_guard():
+    """A CPU build of torch has none, and indexing asks for it: lend the meta device's, a no-op."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, meta = 1, 14  # c10::DeviceType
+    guards[cuda] = guards[cuda] or guards[meta]
+
+
+@contextmanager
+def fake_cuda_under_autocast():
+    """In it, tensors have shapes and dtypes but no numbers, and CUDA's autocast to bf16 is on.
+    Gives a function of a shape that makes such a tensor of a GPU."""
+    if not torch.backends.cuda.is_built():
+        lend_cuda_a_device_guard()
+    with FakeTensorMode():
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            yield lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", torch.float16)
+
+
+def returns_what_it_announces(name, *arguments):
+    """The results of an operator's code on fake tensors, after comparing with its fake version."""
+    operator = OPDEFS[f"nanoexperts::{name}"]
+    describe = lambda results: [(a.dtype, a.shape, a.device) for a in results]
+    results = operator._init_fn(*arguments)
+    assert describe(results) == describe(operator(*arguments)), name
+    return results
 
 
 if __name__ == "__main__":
@@ -157,11 +204,11 @@ if __name__ == "__main__":
         name = str(dtype)[6:]
         for label, case in EXPERT_CASES.items():
             torch.manual_seed(0)
-            if dtype == torch.float32 or case[-1]:  # fp16 where activations are kept: it has the most outputs
+            if dtype == torch.float32 or case[-1]:  # fp16 where activations are kept: most outputs
                 results[f"{name}, {label}"] = compare_experts(case, "triton", dtype)
         for label, case in MASK_CASES.items():
             torch.manual_seed(0)
-            if dtype == torch.float32 or case[-1] != "normal":  # else fp16 scores would choose other entries
+            if dtype == torch.float32 or case[-1] != "normal":  # else rounding decides who is kept
                 results[f"{name}, {label}"] = compare_masked(case, "triton", dtype)
         results[f"{name}, thresholds"] = [float(compare_thresholds(dtype))]
     print(json.dumps(results))
