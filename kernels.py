@@ -123,11 +123,11 @@ def activate_backward_tile(h, up, grad, SWIGLU: tl.constexpr):
        key=["D", "F", "BLOCK_M"])
 @jit
 def up_kernel(
-    x, w_in, h_out, act_out,                   # (T, D), (E, W, D), (N, W), (N, F)
+    x, w_in, h_out, act_out,                      # (T, D), (E, W, D), (N, W), (N, F)
     token, tile_expert, tile_row, ends, n_tiles,  # row -> token; tile -> expert, first row; (E,)
     D: tl.constexpr, F: tl.constexpr, SWIGLU: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """One program: BLOCK_M rows of one expert x BLOCK_N of its neurons."""
     # 1. Which tile, whose rows? The table has room for the worst case; tiles beyond the last one
@@ -241,8 +241,8 @@ def act_backward_kernel(
     gated_act, dgate, gate, dact,                 # (N, F), (blocks, N), (N,), (N, F)
     token, slot, tile_expert, tile_row, ends, n_tiles, n_rows,
     D: tl.constexpr, F: tl.constexpr, SWIGLU: tl.constexpr, HAS_DACT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """With g = w_out[e]^T dy[token]: dgate = <g, act>, dh = act'(h) (gate * g + dact), and
     gate * act for w_out's gradient."""
@@ -295,8 +295,8 @@ def act_backward_kernel(
 def weight_grad_kernel(
     grad, a, dw, token, ends,             # (., OUT), (., IN), (E, OUT, IN), row -> token (N,), (E,)
     OUT: tl.constexpr, IN: tl.constexpr, GATHER_GRAD: tl.constexpr, GATHER_A: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """dw[e] = sum over the rows n of expert e of grad[n]^T a[n]; one is gathered by token."""
     expert = tl.program_id(1)
@@ -433,6 +433,15 @@ def row_threshold(s, column, n_keep, F: tl.constexpr, LOW: tl.constexpr):
 
 
 @jit
+def load_hidden(h, t, column, F: tl.constexpr, SWIGLU: tl.constexpr):
+    """Row t of h (T, W), in fp32: gate and up for swiglu, h twice for gelu."""
+    row = h + t * (2 * F if SWIGLU else F) + column
+    gate = tl.load(row, mask=column < F, other=0.0).to(tl.float32)
+    up = tl.load(row + F, mask=column < F, other=0.0).to(tl.float32) if SWIGLU else gate
+    return gate, up
+
+
+@jit
 def mask_kernel(
     scores, h, out, value_out, cut_out, n_keep, K,   # (T, K, F), (T, W), (T, F), (T, K), (T, K)
     F: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr,
@@ -454,12 +463,7 @@ def mask_kernel(
         tl.store(cut_out + t * K + k, cut)
     mask /= K
     if ACTIVATION == "gelu" or ACTIVATION == "swiglu":
-        width: tl.constexpr = 2 * F if ACTIVATION == "swiglu" else F
-        gate_ptr = h + t * width + column
-        gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
-        up = gate
-        if ACTIVATION == "swiglu":
-            up = tl.load(gate_ptr + F, mask=inside, other=0.0).to(tl.float32)
+        gate, up = load_hidden(h, t, column, F, ACTIVATION == "swiglu")
         mask *= activate_tile(gate, up, ACTIVATION == "swiglu")
     if ACTIVATION != "thresholds":
         tl.store(out + t * F + column, mask.to(out.dtype.element_ty), mask=inside)
@@ -482,16 +486,14 @@ def mask_backward_kernel(
         v, c = tl.load(value + t * K + k), tl.load(cut + t * K + k)
         mask += tl.where((s > v) | ((s == v) & (column <= c)), s, 0.0)
     mask /= K
-    width: tl.constexpr = 2 * F if SWIGLU else F
-    wide = t * width + column
-    gate = tl.load(h + wide, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(h + wide + F, mask=inside, other=0.0).to(tl.float32) if SWIGLU else gate
+    gate, up = load_hidden(h, t, column, F, SWIGLU)
     g = tl.load(du + t * F + column, mask=inside, other=0.0).to(tl.float32)
     act, d_gate, d_up = activate_backward_tile(gate, up, g * mask, SWIGLU)
     tl.store(u + t * F + column, (act * mask).to(u.dtype.element_ty), mask=inside)
-    tl.store(dh + wide, d_gate.to(dh.dtype.element_ty), mask=inside)
+    place = dh + t * (2 * F if SWIGLU else F) + column
+    tl.store(place, d_gate.to(dh.dtype.element_ty), mask=inside)
     if SWIGLU:
-        tl.store(dh + wide + F, d_up.to(dh.dtype.element_ty), mask=inside)
+        tl.store(place + F, d_up.to(dh.dtype.element_ty), mask=inside)
     for k in range(K):
         place = scores + (t * K + k) * F + column
         s = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -550,12 +552,11 @@ def decode_kernel(
     inside = (m != 0)[:, None] & (d < D)[None, :]
     place = neuron[:, None] * D + d[None, :]
     x_row = tl.load(x + t * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    h = tl.sum(tl.load(w_in + place, mask=inside, other=0.0).to(tl.float32) * x_row, 1)  # (BLOCK,)
-    up = h
+    w = tl.load(w_in + place, mask=inside, other=0.0).to(tl.float32)  # (BLOCK, BLOCK_D)
+    h = tl.sum(w * x_row, 1)  # (BLOCK,)
     if SWIGLU:
-        up = tl.load(w_in + F * D + place, mask=inside, other=0.0).to(tl.float32)
-        up = tl.sum(up * x_row, 1)
-    u = activate_tile(h, up, SWIGLU) * m
+        w = tl.load(w_in + F * D + place, mask=inside, other=0.0).to(tl.float32)
+    u = activate_tile(h, tl.sum(w * x_row, 1), SWIGLU) * m
     out = tl.load(w_out_t + place, mask=inside, other=0.0).to(tl.float32)  # (BLOCK, BLOCK_D)
     y_ptr = partial + (t * tl.num_programs(1) + block) * D + d
     tl.store(y_ptr, tl.sum(out * u[:, None], 0), mask=d < D)

@@ -486,6 +486,15 @@ def test_nothing_compiles_unless_allowed_and_then_says_so_once(monkeypatch, caps
     assert capsys.readouterr().err.count("compiling the experts' elementwise functions") == 1
 
 
+def test_prepare_process_asks_for_huge_pages_unless_told_otherwise(monkeypatch):
+    for given, expected in (("0", "0"), (None, "1")):
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
+        if given is None:
+            monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+        cpu.prepare_process()
+        assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
+
+
 def test_without_a_compiler_it_is_slower_and_says_so_once(monkeypatch):
     error = type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})
 
