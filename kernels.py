@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support import cpu, ops
-from support.ops import activate, kept, sort_by_expert, undo_order  # noqa: F401 (moe, lab)
+from support.ops import activate, kept, sort_by_expert, undo_order
 
 BACKENDS = ("auto", "loop", "grouped", "triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

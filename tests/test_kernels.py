@@ -487,9 +487,9 @@ def test_nothing_compiles_unless_allowed_and_then_says_so_once(monkeypatch, caps
 
 
 def test_prepare_process_asks_for_huge_pages_unless_told_otherwise(monkeypatch):
-    for given, expected in (("0", "0"), (None, "1")):
-        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
-        if given is None:
+    for before, expected in (("0", "0"), (None, "1")):
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", before or "")
+        if before is None:
             monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
         cpu.prepare_process()
         assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
