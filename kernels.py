@@ -676,8 +676,6 @@ def expert_ffn(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
-    if backend == "loop":
-        return expert_ffn_loop(x, weights, ids, w_in, w_out, activation, keep_activations)
     order, ends = sort_by_expert(ids, e)
     save = needs_gradient(x, weights, w_in, w_out)
     x, weights = x.contiguous(), weights.contiguous()
@@ -713,15 +711,13 @@ def masked_ffn(
         score_dtype = torch.promote_types(dtype, torch.float32)
     x, z, w_z = x.to(dtype), z.to(score_dtype).contiguous(), w_z.to(score_dtype)
     save = needs_gradient(x, z, w_in, w_out, w_z)
-    if n_keep and not save and backend != "loop" and 1 <= t <= 8:
+    if n_keep and not save and 1 <= t <= 8:
         idle = (1 - n_keep / f) ** (k if x.is_cuda else t * k)  # the share of weights not read
         if idle > 0.4:
             return decode_op(x, z, w_in, w_out, w_z, n_keep, activation, backend)
     w_in, w_out = w_in.to(dtype), w_out.to(dtype)
     if n_keep is None:  # then the mask is linear in z
         return F.linear(activate(F.linear(x, w_in), activation) * F.linear(z.mean(1), w_z), w_out)
-    if backend == "loop":
-        return masked_ffn_loop(x, z, w_in, w_out, w_z, n_keep, activation)
     return masked_op(x, z, w_in, w_out, w_z, n_keep, activation, backend, save)[0]
 
 
@@ -750,6 +746,8 @@ def check(activation, backend, x, shape, **parameters):
         raise ValueError(f"activation {activation!r}: expected gelu or swiglu")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if backend == "loop":
+        raise ValueError('backend "loop": call moe.expert_ffn_loop or moe.masked_ffn_loop')
     if tuple(x.shape) != shape:
         raise ValueError(f"x {tuple(x.shape)}: expected {shape}, by w_out")
     any_dtype = torch.is_autocast_enabled(x.device.type)
@@ -797,35 +795,6 @@ def main():
             row = f"{function} {str(dtype)[6:]:8} {error:.1e} <= {tolerance:5}  {name[:48]:48}"
             print(row, "ok" if error <= tolerance else "DISAGREES", flush=True)
     raise SystemExit(f"{failed} disagree" if failed else 0)
-
-
-# ------------------------------------------------------------------------------------------------
-# 6. The oracles
-
-
-def expert_ffn_loop(x, weights, ids, w_in, w_out, activation, keep_activations=False):
-    """The oracle: for every expert, the tokens that chose it. Obvious, differentiable, slow."""
-    y = x.new_zeros(x.shape)
-    acts = x.new_zeros(*ids.shape, w_out.shape[2]) if keep_activations else None
-    for e, (w_in_e, w_out_e) in enumerate(zip(w_in.unbind(0), w_out.unbind(0))):
-        token, choice = (ids == e).nonzero(as_tuple=True)
-        act = activate(x[token] @ w_in_e.T, activation)
-        out = (act @ w_out_e.T) * weights[token, choice, None].to(x.dtype)
-        y = y.index_add(0, token, out)
-        if keep_activations:
-            acts = acts.index_put((token, choice), act)
-    return y, acts
-
-
-def masked_ffn_loop(x, z, w_in, w_out, w_z, n_keep, activation):
-    """The oracle: K whole FFNs with masks from a stable sort, as the paper writes it."""
-    y = 0
-    for scores in F.linear(z, w_z).unbind(1):  # (T, F) each
-        best = scores.argsort(dim=-1, descending=True, stable=True)[:, :n_keep]
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
-        act = activate(F.linear(x, w_in), activation)
-        y = y + F.linear(act * torch.where(mask, scores, 0), w_out)
-    return y / z.shape[1]
 
 
 if __name__ == "__main__":

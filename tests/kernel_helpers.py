@@ -9,6 +9,7 @@ import ctypes
 import json
 import math
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,28 +126,38 @@ def distances(ours, expected):
     return [relative(a, b) for a, b in zip(ours, expected)]
 
 
+def layers(backend):
+    """expert_ffn and masked_ffn with this backend; for "loop" the oracles of moe.py."""
+    import kernels
+    import moe
+    if backend == "loop":
+        return moe.expert_ffn_loop, moe.masked_ffn_loop
+    return (partial(kernels.expert_ffn, backend=backend),
+            partial(kernels.masked_ffn, backend=backend))
+
+
 def compare_experts(case, backend, dtype, device="cpu"):
     """Distances of y, (acts), and the gradients of x, weights, w_in, w_out from the loop's."""
-    from kernels import expert_ffn
     *shape, activation, ids, keep = case
     inputs = expert_inputs(*shape, activation, ids, dtype, device)
     exact = [a.detach().double().requires_grad_() if a.requires_grad else a for a in inputs]
     leaves, exact_leaves = ([a for a in i if a.requires_grad] for i in (inputs, exact))
-    ours = outputs_and_gradients(lambda: expert_ffn(*inputs, activation, backend, keep), leaves)
+    layer = partial(layers(backend)[0], *inputs, activation, keep_activations=keep)
+    ours = outputs_and_gradients(layer, leaves)
     loop = lambda: literal_experts(*exact, activation)[: 1 + keep]
     return distances(ours, outputs_and_gradients(loop, exact_leaves))
 
 
 def compare_masked(case, backend, dtype, device="cpu"):
     """Distances of y, the gradients of x, z, w_in, w_out, w_z, and of y without gradients."""
-    from kernels import masked_ffn
     *_, n, activation, _ = case
     leaves = mask_inputs(*case, dtype, device)
     exact = [a.detach().double().requires_grad_() for a in leaves]
     expected = outputs_and_gradients(lambda: literal_masked(*exact, n, activation), exact)
-    ours = outputs_and_gradients(lambda: masked_ffn(*leaves, n, activation, backend), leaves)
+    layer = partial(layers(backend)[1], *leaves, n, activation)
+    ours = outputs_and_gradients(layer, leaves)
     with torch.no_grad():
-        ours.append(masked_ffn(*leaves, n, activation, backend))
+        ours.append(layer())
     return distances(ours, [*expected, expected[0]])
 
 

@@ -24,6 +24,7 @@ from kernel_helpers import (
     expert_inputs,
     fake_cuda_under_autocast,
     ids_of,
+    layers,
     literal_kept,
     literal_masked,
     mask_inputs,
@@ -98,7 +99,7 @@ def test_small_experts_go_at_once(rows, d, f, dtype, together):
 def test_idle_experts_get_exact_zeros(backend, poisoned):
     x, weights, _, w_in, w_out = expert_inputs(9, 16, 8, 6, 1, "swiglu", dtype=torch.float32)
     ids = torch.full((9, 1), 3)
-    y, _ = kernels.expert_ffn(x, weights, ids, w_in, w_out, "swiglu", backend)
+    y, _ = layers(backend)[0](x, weights, ids, w_in, w_out, "swiglu")
     y.sum().backward()
     idle = [0, 1, 2, 4, 5]
     assert not w_in.grad[idle].any() and not w_out.grad[idle].any()
@@ -137,13 +138,12 @@ def test_experts_compile_without_graph_breaks(backend, keep):
 def test_autocast_decides_the_dtype():
     x, weights, ids, w_in, w_out = expert_inputs(14, 16, 24, 5, 2, "swiglu", dtype=torch.float32)
     exact, _ = kernels.expert_ffn(x, weights, ids, w_in, w_out, "swiglu")
-    for backend in ("loop", "grouped"):
-        with torch.autocast("cpu", torch.bfloat16):
-            y, acts = kernels.expert_ffn(x, weights, ids, w_in, w_out, "swiglu", backend, True)
-        assert y.dtype == acts.dtype == torch.bfloat16
-        y.float().sum().backward()
-        assert w_in.grad.dtype == weights.grad.dtype == torch.float32  # the leaves' own
-        assert max(distances([y], [exact.double()])) < 2e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        y, acts = kernels.expert_ffn(x, weights, ids, w_in, w_out, "swiglu", "grouped", True)
+    assert y.dtype == acts.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert w_in.grad.dtype == weights.grad.dtype == torch.float32  # the leaves' own
+    assert max(distances([y], [exact.double()])) < 2e-2
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -204,6 +204,7 @@ def test_sort_by_expert(n_experts):
 @pytest.mark.parametrize("change, words", [
     (dict(activation="relu"), ["relu", "gelu or swiglu"]),
     (dict(backend="cuda"), ["cuda", "auto, loop, grouped, triton"]),
+    (dict(backend="loop"), ["loop", "moe.expert_ffn_loop"]),
     (dict(x=torch.zeros(7, 9)), ["x (7, 9)", "(7, 8)"]),
     (dict(w_in=torch.zeros(3, 12, 8)), ["w_in (3, 12, 8)", "(3, 24, 8)", "swiglu"]),
     (dict(weights=torch.zeros(7, 1)), ["ids (7, 2)", "weights (7, 1)"]),
@@ -372,7 +373,7 @@ def test_no_tokens():
         assert kernels.masked_ffn(*leaves, 16, "gelu").shape == (0, 12)
     inputs = expert_inputs(0, 16, 8, 5, 2, "swiglu", dtype=torch.float32)
     for backend in ("loop", "grouped"):
-        y, acts = kernels.expert_ffn(*inputs, "swiglu", backend, keep_activations=True)
+        y, acts = layers(backend)[0](*inputs, "swiglu", keep_activations=True)
         assert y.shape == (0, 16) and acts.shape == (0, 2, 8)
         y.sum().backward()
 
@@ -464,7 +465,7 @@ def test_large_masked_ffn_through_the_compiler(monkeypatch):
     monkeypatch.setitem(cpu._compile, "allowed", True)
     leaves = mask_inputs(512, 32, 2048, 2, 16, 512, "swiglu", dtype=torch.float32)
     ours, loop = (
-        outputs_and_gradients(lambda b=b: kernels.masked_ffn(*leaves, 512, "swiglu", b), leaves)
+        outputs_and_gradients(lambda b=b: layers(b)[1](*leaves, 512, "swiglu"), leaves)
         for b in ("auto", "loop"))
     assert max(distances(ours, [a.double() for a in loop])) < 1e-5
 
@@ -668,7 +669,7 @@ def test_gpu_large_shapes(t, d, f, e, k):
     inputs = expert_inputs(t, d, f, e, k, "swiglu", dtype=torch.bfloat16, device="cuda")
     leaves = [a for a in inputs if a.requires_grad]
     ours, again, loop = (
-        outputs_and_gradients(lambda b=b: kernels.expert_ffn(*inputs, "swiglu", b)[0], leaves)
+        outputs_and_gradients(lambda b=b: layers(b)[0](*inputs, "swiglu")[0], leaves)
         for b in ("triton", "triton", "loop"))
     assert max(distances(ours, [a.double() for a in loop])) < 2e-2
     assert all(torch.equal(a, b) for a, b in zip(ours, again))  # no atomics: the same bits
