@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import losses
 import moe
-from support import auxiliary, rules
+from support import auxiliary, cpu, rules
 from support.decoding import KVCache, sample_token
 from support.deep import CodeRouter
 from support.noise import noise_seeds
@@ -212,26 +212,13 @@ class Attention(nn.Module):
 
 def attention(q, k, v, new, seen, dropout):
     """Causal attention of `new` queries (B, H, new, d) over `seen` keys -> (B, H, new, d)."""
-    small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < new == seen <= 512
-    if small and not dropout:
-        return plain_attention(q, k, v)
+    if new == seen and not dropout and cpu.prefers_plain_attention(q):
+        return cpu.plain_attention(q, k, v)
     mask = None
     if 1 < new < seen:  # a chunk behind a cache: query i sees the keys up to seen - new + i
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                           is_causal=new == seen and new > 1)
-
-
-def plain_attention(q, k, v):
-    """The same without torch's fused kernel, whose backward is half as fast in bf16 on a CPU.
-
-    Autocast is off: it would have softmax keep its result in fp32, twice the memory traffic.
-    """
-    k, v = k.to(q.dtype), v.to(q.dtype)  # from a cache they come in its dtype
-    with torch.autocast(q.device.type, enabled=False):
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (B, H, S, S)
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
 
 
 class Block(nn.Module):

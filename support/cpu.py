@@ -6,6 +6,7 @@ Letters are those of support/ops.py: T, D, F, E, K, N = T*K rows, W rows of w_in
 """
 
 import functools
+import math
 import os
 import sys
 import warnings
@@ -397,3 +398,24 @@ def decode(x, scores, w_in, w_out_t, n_keep, activation):
     starts = active.crow_indices()[:-1]
     y = F.embedding_bag(column, w_out_t, starts, mode="sum", per_sample_weights=u)
     return ((y if t > 1 else y.sum(0, keepdim=True)).to(x.dtype),)
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+def prefers_plain_attention(q):
+    """In bf16 torch's fused attention takes twice as long backward, where scores (S, S) fit."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[2] <= 512
+
+
+def plain_attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, each query seeing the keys up to its own: (B, H, S, d).
+
+    Without autocast, which would have softmax keep its result in fp32: twice the memory traffic.
+    """
+    k, v = k.to(q.dtype), v.to(q.dtype)  # from a cache they come in its dtype
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (B, H, S, S)
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v

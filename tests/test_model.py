@@ -906,7 +906,7 @@ def test_missing_checkpoint_names_the_command(tmp_path):
 def test_plain_attention_is_torchs(shape):
     """What a CPU uses in bf16: outputs and gradients of torch's fused attention, in float64."""
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    ours, fused = model_file.plain_attention(*inputs), F.scaled_dot_product_attention(*inputs, is_causal=True)
+    ours, fused = cpu.plain_attention(*inputs), F.scaled_dot_product_attention(*inputs, is_causal=True)
     assert torch.allclose(ours, fused, atol=1e-6)  # scores are fp32
     grad = torch.randn(shape, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(fused, inputs, grad)):
@@ -918,8 +918,8 @@ def test_bf16_on_a_cpu_takes_plain_attention_up_to_512_tokens(monkeypatch, lengt
     gpt = GPT(ModelConfig(n_layer=1, n_head=2, d_model=16, block_size=513, vocab_size=20))
     tokens, called = torch.randint(20, (1, length)), []
     exact = gpt(tokens).logits
-    honest = model_file.plain_attention
-    monkeypatch.setattr(model_file, "plain_attention", lambda *a: called.append(1) or honest(*a))
+    honest = cpu.plain_attention
+    monkeypatch.setattr(cpu, "plain_attention", lambda *a: called.append(1) or honest(*a))
     with torch.autocast("cpu", torch.bfloat16):
         logits = gpt(tokens).logits
     assert bool(called) == plain and (logits - exact).norm() < 0.02 * exact.norm()
