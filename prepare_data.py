@@ -22,17 +22,14 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
-import signal
 import sys
 import sysconfig
-import threading
 import time
 from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +59,7 @@ class DataConfig:
     val_fraction: float | None = None  # share of the documents held out; default 0.005 for the hub's corpora, 0.05 else
     max_tokens: int | None = None  # stop after so many training tokens
     shard_tokens: int = 100_000_000  # tokens in a shard
-    workers: int | None = None  # processes; default one per core
+    workers: int | None = None  # threads; default one per core
     repo: str | None = None  # another dataset on Hugging Face, in the format of the source
     subset: str | None = None  # folder in that dataset, such as sample/100BT or data/CC-MAIN-2024-10
     dry_run: bool = False  # print sizes and times, and make nothing
@@ -227,19 +224,20 @@ def is_validation(text, fraction):
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def tokenize(batch, spec, val_fraction):
-    """The work of a worker. -> ({split: uint16 array}, number of documents, bytes of the file they took)"""
-    tokenizer, (texts, progress) = get_tokenizer(spec), batch
+def tokenize(batch, tokenizer, val_fraction):
+    """-> ({split: uint16 array}, number of documents, bytes of the file they took)"""
+    texts, progress = batch
     eot = np.array([tokenizer.eot], np.uint16)
     pieces = {"train": [eot[:0]], "val": [eot[:0]]}
     texts = [text for text in texts if text]
     for text in texts:
-        pieces["val" if is_validation(text, val_fraction) else "train"] += [eot, tokenizer.encode_array(text)]
-    return {split: np.concatenate(arrays) for split, arrays in pieces.items()}, len(texts), progress
+        split = "val" if is_validation(text, val_fraction) else "train"
+        pieces[split] += [eot, tokenizer.encode_array(text)]
+    return {split: np.concatenate(p) for split, p in pieces.items()}, len(texts), progress
 
 
 def ordered_map(pool, function, jobs, *, ahead):
-    """map() on an executor, at most `ahead` jobs in advance: pool.map would read all the input first."""
+    """map() on an executor, at most `ahead` jobs in advance: pool.map would read all input first."""
     pending = deque()
     for job in jobs:
         pending.append(pool.submit(function, job))
@@ -247,12 +245,6 @@ def ordered_map(pool, function, jobs, *, ahead):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-def start_worker():
-    """Leave Ctrl-C to the parent, and end with it: the workers of a killed parent would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 class ShardWriter:
@@ -437,12 +429,9 @@ def prepare(sources, config):
     sizes = [sum(file.size for file in part) for part in (files, itertools.chain(*preparation.left()))]
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=sizes[0], initial=sizes[0] - sizes[1], unit="B", unit_scale=True))
-        work = functools.partial(tokenize, spec=spec, val_fraction=fraction)
-        run = functools.partial(map, work)
-        if workers > 1 and not ready_made:
-            spawn = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker))
-            run = functools.partial(ordered_map, pool, work, ahead=3 * workers)
+        work = functools.partial(tokenize, tokenizer=tokenizer, val_fraction=fraction)
+        pool = stack.enter_context(ThreadPoolExecutor(workers))  # tiktoken works outside the GIL
+        run = functools.partial(ordered_map, pool, work, ahead=3 * workers)
         preparation.run(take_part if ready_made else functools.partial(tokenize_part, run=run), bar)
     return out_dir, preparation.finish(out_dir, tokenizer)
 
@@ -480,7 +469,7 @@ def main():
         fail(f"name a source: {', '.join([*PYTHON_SOURCES, *HUB])}, or the path of a file or folder (--help)")
     try:
         out_dir, meta = prepare(sources, config)
-    except (OSError, ValueError, BrokenExecutor) as error:
+    except (OSError, ValueError) as error:
         fail(error)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)

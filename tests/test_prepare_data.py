@@ -658,25 +658,6 @@ def test_resume_distrusts(tmp_path, monkeypatch, damage):
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm") and not work.exists()
 
 
-def test_workers_end_with_their_parent(tmp_path):
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 200))
-    before = set(Path("/proc").glob("[0-9]*"))
-    arguments = [source, f"--out_dir={tmp_path / 'out'}", "--workers=2", "--shard_tokens=1e4"]
-    start_and_kill(arguments, lambda: list(tmp_path.glob("out.unfinished/*.bin")))
-    deadline = time.monotonic() + 20
-    ours = lambda: [p for p in set(Path("/proc").glob("[0-9]*")) - before if spawned(p)]
-    while ours() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not ours()
-
-
-def spawned(process):
-    try:
-        return b"multiprocessing.spawn" in (process / "cmdline").read_bytes()
-    except OSError:
-        return False
-
-
 def test_interrupt_is_one_line(tmp_path):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 200))
     process = run_script(source, f"--out_dir={tmp_path / 'out'}", "--workers=2", "--shard_tokens=1e5", wait=False)
