@@ -40,6 +40,7 @@ from tqdm import tqdm
 from configurator import fail, parse
 from support.shards import (
     HEADER_BYTES,
+    KINDS,
     atomic_write,
     file_sha256,
     is_shard,
@@ -397,7 +398,9 @@ def check_folder(out_dir, settings, overwrite):
     if not names or overwrite:
         return None
     meta = load_meta(out_dir)
-    if meta.get("settings") != settings:
+    if not KINDS.keys() <= meta.keys():
+        raise ValueError(f"{out_dir / 'meta.json'} is incomplete: --overwrite")
+    if meta["settings"] != settings:
         raise ValueError(f"{out_dir} holds data made with other settings: --overwrite it, or name another --out_dir")
     for name, shard in meta["shards"].items():
         if name not in names or file_sha256(out_dir / name) != shard["sha256"]:

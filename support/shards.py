@@ -68,18 +68,63 @@ def file_sha256(path):
 # ---- 3. reading
 
 
+KINDS = {  # of the values in meta.json; a folder made by other means needs the first two only
+    "tokenizer": str,
+    "vocab_size": int,
+    "source": str,
+    "train_tokens": int,
+    "val_tokens": int,
+    "documents": int,
+    "shards": dict,  # file name -> {"tokens": count, "sha256": of the file}
+    "settings": dict,
+}
+
+
 def load_meta(folder):
-    """meta.json of a prepared folder; one without it that holds llm.c's fineweb_train_*.bin is taken for GPT-2's tokens."""
+    """meta.json of a prepared folder. -> dict; FileNotFoundError and ValueError name the way out.
+
+    A folder without one that holds llm.c's fineweb_train_*.bin is taken for GPT-2's tokens.
+    """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        return meta | {"tokenizer": str(meta["tokenizer"]), "vocab_size": int(meta["vocab_size"])}
+        return check_meta(read_json(folder / "meta.json"))
     except FileNotFoundError:
         if any(not path.name.startswith("train") for path in shard_paths(folder, "train")):
             return {"tokenizer": "gpt2", "vocab_size": 50257}
         raise FileNotFoundError(f"no data in '{folder}': {making_of(folder)}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / 'meta.json'}: damaged ({error!r}); {making_of(folder)} --overwrite") from None
+    except ValueError as error:
+        path = folder / "meta.json"
+        raise ValueError(f"{path}: damaged ({error}); {making_of(folder)} --overwrite") from None
+
+
+def read_json(path):
+    """-> dict; a ValueError if the file holds anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {type(value).__name__}, not an object")
+    return value
+
+
+def check_meta(meta):
+    for key, kind in KINDS.items():
+        wanted = key in meta or key in ("tokenizer", "vocab_size")
+        if wanted and type(meta.get(key)) is not kind:
+            raise ValueError(f"{key} is {meta.get(key)!r:.40}, not {kind.__name__}")
+    if not 0 < meta["vocab_size"] <= 2**16:
+        raise ValueError(f"vocab_size is {meta['vocab_size']}, shards hold uint16")
+    for name, shard in meta.get("shards", {}).items():
+        check_shard_entry(name, shard)
+    return meta
+
+
+def check_shard_entry(name, shard):
+    """An entry of meta.json or state.json: the name of a file beside it, its tokens and SHA-256."""
+    good = is_shard(name, "train|val") and isinstance(shard, dict)
+    if not good or (type(shard.get("tokens")), type(shard.get("sha256"))) != (int, str):
+        raise ValueError(f"no shard: {name!r:.40}: {shard!r:.40}")
 
 
 def making_of(folder):
@@ -101,7 +146,7 @@ def shard_paths(folder, split):
 
 
 def is_shard(name, split):
-    return re.search(rf"(^|_)({split})_\d+\.bin$", name) is not None
+    return re.fullmatch(rf"([\w.-]+_)?({split})_\d+\.bin", name) is not None
 
 
 @functools.lru_cache(maxsize=8)

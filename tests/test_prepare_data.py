@@ -347,13 +347,35 @@ def test_files_of_modded_nanogpt_as_they_are(tmp_path):
     assert ShardReader(tmp_path, "train", 7).n_tokens == 149 and ShardReader(tmp_path, "val", 7).n_tokens == 30
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{", '{"tokenizer": "bytes"}', '{"tokenizer": "bytes", "vocab_size": "x"}', "\xff"]
-)
+GOOD = {"tokenizer": "bytes", "vocab_size": 257}
+BAD_META = [  # content of meta.json, or what replaces a value of GOOD
+    "", "[]", "{", "\xff", "3", "null", '{"tokenizer": "bytes"}', "[" * 100_000, '{"a":' * 100_000,
+    {"vocab_size": "x"}, {"vocab_size": "257"}, {"vocab_size": 257.5}, {"vocab_size": True},
+    {"vocab_size": 0}, {"vocab_size": -1}, {"vocab_size": 10**9}, {"vocab_size": None},
+    {"tokenizer": 5}, {"tokenizer": ["gpt2"]}, {"tokenizer": None}, {"tokenizer": {}},
+    {"train_tokens": "many"}, {"val_tokens": None}, {"documents": []}, {"settings": []},
+    {"shards": []}, {"shards": {"train_000000.bin": 5}}, {"shards": {"train_000000.bin": {}}},
+    {"shards": {"train_000000.bin": {"tokens": "9", "sha256": ""}}},
+    {"shards": {"../train_000000.bin": {"tokens": 9, "sha256": ""}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BAD_META, ids=range(len(BAD_META)))
 def test_damaged_meta(tmp_path, content):
+    content = content if isinstance(content, str) else json.dumps(GOOD | content)
     write(shards(tmp_path, np.arange(99)) / "meta.json", content)
-    with pytest.raises(ValueError, match=r"meta\.json: damaged .* run: python prepare_data\.py"):
-        load_meta(tmp_path)
+    with pytest.raises(ValueError, match=r"meta\.json: damaged .* run: python prepare") as error:
+        ShardReader(tmp_path, "train", 8)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("key", ["train_tokens", "val_tokens", "documents", "shards", "source"])
+def test_incomplete_meta_of_a_done_folder(tmp_path, key):
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+    meta = make(source, tmp_path / "out")
+    write(tmp_path / "out" / "meta.json", json.dumps({k: meta[k] for k in meta if k != key}))
+    with pytest.raises(ValueError, match=r"meta\.json is incomplete: --overwrite"):
+        make(source, tmp_path / "out")
 
 
 # ---- 4. sources
