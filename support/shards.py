@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def load_meta(folder):
     folder = Path(folder)
     try:
         return check_meta(read_json(folder / "meta.json"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if any(not path.name.startswith("train") for path in shard_paths(folder, "train")):
             return {"tokenizer": "gpt2", "vocab_size": 50257}
         raise FileNotFoundError(f"no data in '{folder}': {making_of(folder)}") from None
@@ -129,11 +130,16 @@ def check_shard_entry(name, shard):
 
 def making_of(folder):
     """The command that makes `folder`, as far as its name tells."""
+    texts = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if texts and not (folder / "meta.json").exists() and not list(folder.glob("*.bin")):
+        name = shlex.quote(f"data/{folder.resolve().name.partition('.')[0]}")
+        command = f"python prepare_data.py {shlex.quote(str(folder))} --out_dir={name}"
+        return f"it holds no token shards, run: {command} and use --dataset={name}"
     source, _, tokenizer = folder.name.partition("_")
     source = source if source in SOURCES else "stdlib"
     options = " --tokenizer=gpt2" if tokenizer == "gpt2" else ""
     state = "its preparation has not finished, " if unfinished(folder).is_dir() else ""
-    return f"{state}run: python prepare_data.py {source}{options} --out_dir={folder}"
+    return f"{state}run: python prepare_data.py {source}{options} --out_dir={shlex.quote(str(folder))}"
 
 
 def unfinished(folder):

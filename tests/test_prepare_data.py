@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import signal
 import struct
 import subprocess
@@ -333,6 +334,20 @@ def test_missing_folder_prints_the_command(tmp_path, name, command):
     with pytest.raises(FileNotFoundError) as error:
         ShardReader(tmp_path / name, "train", 8)
     assert command + str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["own.txt", "own.corpus", "my own.txt"])
+def test_text_as_dataset_prints_the_command_that_prepares_it(tmp_path, monkeypatch, name):
+    """And the command, as printed, makes the folder it promises."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name / "a.txt" if name == "own.corpus" else tmp_path / name, "some text\n")
+    with pytest.raises(FileNotFoundError) as error:
+        load_meta(name)
+    command = str(error.value).partition("run: python prepare_data.py ")[2]
+    arguments, _, dataset = command.partition(" and use --dataset=")
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *shlex.split(arguments)])
+    prepare_data.main()
+    assert load_meta(*shlex.split(dataset))["documents"] == 1
 
 
 def test_missing_split(tmp_path):
