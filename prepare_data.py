@@ -7,8 +7,8 @@
     python prepare_data.py fineweb --max_tokens=1e9      # from Hugging Face; also fineweb-edu, pile (--subset, --repo)
     python prepare_data.py pile --dry_run                # sizes and times only
 
-A document is a JSON line, a parquet row or a text file (a megabyte of it at most), and an end-of-text token stands before
-each. A hash of its text decides which documents are held out, so no copy of a validation document is ever trained on.
+A document is a JSON line, a parquet row, a source file (a megabyte of it at most) or a few paragraphs of a .txt, and an
+end-of-text token stands before each. A hash of its text decides which documents are held out, so no copy of a validation document is ever trained on.
 The work goes on in OUT_DIR.unfinished, which becomes OUT_DIR once it is whole; the same command resumes a killed one.
 
 A shard is what llm.c and modded-nanogpt read: 256 little-endian int32 (20240520, 1, token count, zeros), uint16 tokens.
@@ -24,6 +24,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import sysconfig
@@ -87,6 +88,7 @@ PYTHON_SOURCES = {"stdlib": "stdlib", "packages": "purelib"}  # source: its name
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # folders of Python sources
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".jsonl.zst", ".parquet")
 BATCH = 2**20  # bytes of text that a worker gets at a time
+DOCUMENT = 4096  # characters of a .txt in a document, on average
 PART = 2**28  # bytes of local files that are done or not done together
 
 
@@ -207,13 +209,43 @@ def json_text(line, number, text_key):
 
 
 def text_blocks(path):
+    """A file as one document, or a .txt as many; a megabyte of it at a time."""
     with open(path, encoding="utf-8", newline="") as f:
         try:
             while text := f.read(BATCH) + f.readline(BATCH):
-                yield [text], len(text.encode())
+                documents = split_text(text) if path.suffix == ".txt" else [text]
+                yield documents, len(text.encode())
         except UnicodeDecodeError as error:
-            if path.suffix != ".py":  # Python packages keep some sources in old encodings on purpose: left out
+            if path.suffix != ".py":  # Python packages keep some sources in old encodings on purpose
                 raise ValueError(f"not UTF-8 ({error.reason}): convert it or leave it out") from None
+
+
+def split_text(text):
+    """Whole paragraphs, some DOCUMENT characters of them together. -> [str], which join to the text
+
+    A document ends where a hash of its last paragraph says so, with a chance that grows with the
+    paragraph: whatever stands before, copies of a text are cut alike, and so get the same split.
+    """
+    documents, document = [], ""
+    for piece in paragraphs(text):
+        document += piece
+        # salted, since the bare hash decides about validation
+        ends = is_validation("end of document:" + piece, len(piece) / DOCUMENT)
+        if ends or len(document) > 16 * DOCUMENT:
+            documents.append(document)
+            document = ""
+    return [*documents, document] if document else documents
+
+
+def paragraphs(text):
+    """What ends with blank lines; the lines of a long one, and pieces of a long line."""
+    start = 0
+    for gap in re.finditer(r"\n\s*\n|\Z", text):
+        paragraph, start = text[start : gap.end()], gap.end()
+        if len(paragraph) <= DOCUMENT:
+            yield paragraph
+        else:
+            yield from re.findall(rf".{{1,{DOCUMENT}}}\n?|\n", paragraph)
 
 
 # ---- 5. preparation: batches -> workers -> shards
@@ -480,7 +512,17 @@ def main():
     if meta:
         print(f"{out_dir}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens", end="")
         print(f" ({meta['tokenizer']}, {meta['vocab_size']} ids), {len(meta['shards'])} shards")
+        say_share(meta)
         print(f"train on them: python train.py --dataset={out_dir}")
+
+
+def say_share(meta):
+    """A few documents may hash far from the share that was asked for: the user should know."""
+    asked = meta["settings"]["val_fraction"]
+    share = meta["val_tokens"] / (meta["train_tokens"] + meta["val_tokens"])
+    if meta["documents"] and not 0.5 < share / asked < 2:
+        print(f"note: {share:.1%} of the tokens are for validation where {asked:.1%} was asked for:", end="")
+        print(f" {meta['documents']} documents are few, or long ones; another --val_fraction moves it")
 
 
 if __name__ == "__main__":

@@ -434,10 +434,67 @@ def test_folder_of_text_files(tmp_path):
 
 def test_long_file_is_cut_at_line_ends(tmp_path):
     lines = [f"line {i} ü\n" for i in range(150_000)]
-    make(write(tmp_path / "long.txt", "".join(lines)), tmp_path / "out", val_fraction=0.5)
-    texts = [t for split in ("train", "val") for t in documents_of(tmp_path / "out", split, get_tokenizer("bytes"))]
+    make(write(tmp_path / "long.md", "".join(lines)), tmp_path / "out", val_fraction=0.5)
+    texts = all_documents(tmp_path / "out")
     assert len(texts) == 2 and all(text.endswith("\n") for text in texts)
     assert collections.Counter("".join(texts).splitlines()) == collections.Counter(line[:-1] for line in lines)
+
+
+def all_documents(folder):
+    return [t for split in ("train", "val") for t in documents_of(folder, split, get_tokenizer("bytes"))]
+
+
+def essay(seed, n=1500):
+    """Paragraphs of different lengths, each of them once."""
+    words = np.random.default_rng(seed).integers(0, 10**6, (n, 100)).tolist()
+    return ["\n".join(map(str, row[: 20 + row[0] % 80])) + "\n\n" for row in words]
+
+
+TXT = {  # what one .txt may hold
+    "paragraphs": "".join(essay(0)),
+    "windows": "".join(essay(0)).replace("\n", "\r\n"),
+    "lines only": "".join(essay(0)).replace("\n\n", "\n"),
+    "one line": "".join(essay(0)).replace("\n", " "),
+    "blank lines": "\n" * 400_000 + "".join(essay(0)),
+}
+
+
+@pytest.mark.parametrize("text", TXT.values(), ids=TXT.keys())
+def test_one_txt_is_many_documents(tmp_path, text):
+    """Some kB each, about the share that was asked for, and nothing lost."""
+    path = write(tmp_path / "a.txt", text)
+    meta = make(path, tmp_path / "out", val_fraction=0.2)
+    share = meta["val_tokens"] / (meta["train_tokens"] + meta["val_tokens"])
+    lengths = [len(document) for document in all_documents(tmp_path / "out")]
+    assert 0.1 < share < 0.3 and 1000 < np.mean(lengths) < 20_000 and max(lengths) < 2**17
+    assert "".join(prepare_data.split_text(text)) == text
+    assert sorted(all_documents(tmp_path / "out")) == sorted(
+        d for block in prepare_data.text_blocks(Path(path)) for d in block[0])
+
+
+def test_txt_split_depends_on_the_text_alone(tmp_path):
+    """Two essays in either order, and once more at another place: no paragraph changes its split."""
+    one, other = essay(1), essay(2)
+    kept = {}
+    for name, parts in {"a": [one, other], "b": [other, one], "c": [other, one, other]}.items():
+        make(write(tmp_path / f"{name}.txt", "".join(sum(parts, []))), tmp_path / name, val_fraction=0.2)
+        held_out = "".join(documents_of(tmp_path / name, "val", get_tokenizer("bytes")))
+        kept[name] = {paragraph for paragraph in one + other if paragraph in held_out}
+    assert len(kept["a"]) > 300
+    assert len(kept["a"] ^ kept["b"]) < 60 and len(kept["b"] ^ kept["c"]) < 60  # those at the seams
+    train = "".join(documents_of(tmp_path / "c", "train", get_tokenizer("bytes")))
+    assert sum(paragraph in train for paragraph in kept["c"]) < 60
+
+
+def test_share_far_off_is_said(tmp_path):
+    """An essay of one paragraph and 128 lines, as one document each: half of it would be held out."""
+    write(tmp_path / "in" / "a.md", "word " * 50_000)
+    write(tmp_path / "in" / "b.md", "".join(f"line {i}\n" for i in range(128)))
+    done = run_script(tmp_path / "in", f"--out_dir={tmp_path / 'few'}", "--val_fraction=0.3", check=0)
+    assert "note: " in done.stdout and "where 30.0% was asked for: 2 documents are few" in done.stdout
+    source = write(tmp_path / "a.txt", TXT["paragraphs"])
+    done = run_script(source, f"--out_dir={tmp_path / 'many'}", "--val_fraction=0.3", check=0)
+    assert "note: " not in done.stdout
 
 
 BAD_SOURCES = [  # file name, content, what the line says
