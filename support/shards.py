@@ -3,6 +3,7 @@
 A shard is 256 little-endian int32 (20240520, 1, token count, zeros), then uint16 tokens.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -21,14 +22,25 @@ SOURCES = ("stdlib", "packages", "fineweb", "fineweb-edu", "pile", "pretokenized
 
 
 def atomic_write(path, *chunks):
-    """Write a file that is either whole or not there: another name, fsync, rename."""
+    """Write a file that is whole or not there: another name, fsync, rename.
+
+    An OSError names `path`, and leaves no temporary file behind.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        for chunk in chunks:
-            f.write(chunk)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        temporary.unlink(missing_ok=True)  # of a killed run; "x" below follows no link
+        with open(temporary, "xb") as f:
+            for chunk in chunks:
+                f.write(chunk)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def write_shard(path, tokens):

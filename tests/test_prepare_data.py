@@ -763,20 +763,26 @@ def test_interrupt_is_one_line(tmp_path):
 
 
 def test_full_disk_is_one_line(tmp_path):
-    """A limit on the size of files stands in for the full disk: no traceback, no folder, and the next run succeeds."""
+    """A limit on the size of files stands in for it: the file is named, nothing stays, a run later succeeds."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 10))
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))"
-    command = [
-        sys.executable,
-        "-c",
-        f"{limit}; import prepare_data; prepare_data.main()",
-        source,
-        f"--out_dir={tmp_path / 'out'}",
-    ]
+    code = f"{limit}; import prepare_data; prepare_data.main()"
+    command = [sys.executable, "-c", code, source, f"--out_dir={tmp_path / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "error: [Errno 27] File too large" in done.stderr and "Traceback" not in done.stderr
+    path = tmp_path / "out.unfinished" / "train_000000.bin"
+    assert done.returncode == 2 and f"error: [Errno 27] File too large: '{path}'" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.bin"))
     assert not (tmp_path / "out").exists()
     make(source, tmp_path / "out")
+
+
+def test_linked_temporary_file_is_not_followed(tmp_path):
+    precious = write(tmp_path / "precious", "precious")
+    (tmp_path / "train_000000.bin.tmp").symlink_to(precious)
+    shards(tmp_path, np.arange(9))
+    assert Path(precious).read_text() == "precious" and not (tmp_path / "train_000000.bin").is_symlink()
+    assert ShardReader(tmp_path, "train", 8).n_tokens == 9
+    assert sorted(snapshot(tmp_path)) == ["meta.json", "precious", "train_000000.bin"]
 
 
 def test_missing_extra_is_one_line(tmp_path):
