@@ -15,6 +15,7 @@ A shard is what llm.c and modded-nanogpt read: 256 little-endian int32 (20240520
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -43,9 +44,11 @@ from support.shards import (
     HEADER_BYTES,
     KINDS,
     atomic_write,
+    check_shard_entry,
     file_sha256,
     is_shard,
     load_meta,
+    read_json,
     shard_length,
     unfinished,
     write_shard,
@@ -304,22 +307,27 @@ class ShardWriter:
 
 
 class Preparation:
-    """A folder in the making: parts of a few files each, done one after the other and written down in state.json.
+    """A folder in the making: parts of a few files each, written down in state.json once done.
 
     A part that is done is {"files", "shards": {name: {"tokens", "sha256"}}, "documents"}.
     """
 
     def __init__(self, work, settings, plan):
-        """plan: [[File]], the files of each part. What an earlier run has done with the same settings counts."""
+        """plan: [[File]], the files of each part. What a run with the same settings did counts."""
         self.work, self.settings, self.plan, self.parts = work, settings, plan, []
-        work.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads((work / "state.json").read_bytes())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            state = read_json(work / "state.json")
             for part, files in zip(state["parts"] if state["settings"] == settings else [], plan):
-                sizes = {work / name: HEADER_BYTES + 2 * shard["tokens"] for name, shard in part["shards"].items()}
-                if part["files"] != [list(f) for f in files] or any(path.stat().st_size != n for path, n in sizes.items()):
+                if part["files"] != [list(file) for file in files] or not self.holds(part["shards"]):
                     break  # another file by now, or a shard that is gone
-                self.parts.append(part)
+                self.parts.append(part | {"documents": 0 + part["documents"]})
+
+    def holds(self, shards):
+        for name, shard in shards.items():
+            check_shard_entry(name, shard)
+            if (self.work / name).stat().st_size != HEADER_BYTES + 2 * shard["tokens"]:
+                return False
+        return True
 
     def left(self):
         return self.plan[len(self.parts) :]
@@ -373,11 +381,7 @@ class Preparation:
                 path.unlink()
         shutil.rmtree(self.work / "raw", ignore_errors=True)
         atomic_write(self.work / "meta.json", json.dumps(meta, indent=1).encode())
-        for path in out_dir.iterdir() if out_dir.exists() else ():
-            if is_ours(path.name):  # anything else stays, and makes the next line an error
-                path.unlink()
-        os.replace(self.work, out_dir)
-        (out_dir / "state.json").unlink()
+        put_in_place(self.work, out_dir)
         return meta
 
 
@@ -418,25 +422,86 @@ def group(files):
     return [[file for file, _ in part] for _, part in parts]
 
 
-def is_ours(name):
-    return is_shard(name, "train|val") or name in ("meta.json", "state.json")
+# ---- 6. the folder: one process at a time, and nobody else's files
+
+LOCK = "prepare_data.lock"  # locked while at work; nothing is deleted where it is missing
 
 
-def check_folder(out_dir, settings, overwrite):
-    """The meta of a folder that these settings have made before, checksums verified; None if it is to be made."""
-    names = [path.name for path in out_dir.iterdir()] if out_dir.is_dir() else []
-    if out_dir.is_file() or (names and not ("meta.json" in names and all(map(is_ours, names)))):
-        raise ValueError(f"{out_dir} is there and is not ours: name another --out_dir")
-    if not names or overwrite:
+@contextlib.contextmanager
+def locked(work):
+    """A folder in the making, for one process at a time."""
+    work.mkdir(parents=True, exist_ok=True)
+    check_ours(work)
+    with open(work / LOCK, "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the folder may have got its name since: then this lock is no longer the one of `work`
+            alone = os.path.samestat(os.fstat(f.fileno()), os.stat(work / LOCK))
+        except (BlockingIOError, FileNotFoundError):
+            alone = False
+        if not alone:
+            raise ValueError(f"{work}: another preparation is at work there")
+        (work / "meta.json").unlink(missing_ok=True)  # of a run that was killed at its very end
+        yield
+
+
+def check_ours(folder, markers=(LOCK,)):
+    """A ValueError if there is such a folder, and anything in it that prepare_data has not written."""
+    if not os.path.lexists(folder):
+        return
+    paths = list(folder.iterdir()) if folder.is_dir() else [folder]
+    names = {path.name.removesuffix(".tmp") for path in paths}
+    links = any(path.is_symlink() for path in paths)
+    try:
+        shards = set(load_meta(folder)["shards"])
+    except (OSError, ValueError, KeyError):  # in the making, or damaged
+        shards = {name for name in names if re.fullmatch(r"(\w+_)?(train|val)_\d{6}\.bin", name)}
+    foreign = names - shards - {LOCK, "meta.json", "state.json", "raw"}
+    if foreign or links or (names and names.isdisjoint(markers)):
+        raise ValueError(f"{folder} is there and is not ours: name another --out_dir")
+
+
+def discard(folder):
+    """Delete a folder of ours, if there is one; what marks it goes last."""
+    check_ours(folder)
+    paths = folder.iterdir() if folder.exists() else ()
+    for path in sorted(paths, key=lambda path: path.name == LOCK):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if folder.exists():
+        folder.rmdir()
+
+
+def put_in_place(work, out_dir):
+    """Give the folder its name. What had it before is whole until then, and deleted after."""
+    aside = replaced(out_dir)
+    if out_dir.exists():
+        discard(aside)
+        os.rename(out_dir, aside)
+    os.rename(work, out_dir)
+    (out_dir / "state.json").unlink()
+    discard(aside)
+
+
+def replaced(out_dir):
+    return out_dir.with_name(out_dir.name + ".replaced")
+
+
+def made_before(out_dir, settings, overwrite):
+    """The meta of a folder that these settings have made, checksums verified; None: to be made."""
+    check_ours(out_dir, (LOCK,) if overwrite else (LOCK, "meta.json"))
+    if overwrite or not out_dir.exists() or not list(out_dir.iterdir()):
         return None
     meta = load_meta(out_dir)
     if not KINDS.keys() <= meta.keys():
         raise ValueError(f"{out_dir / 'meta.json'} is incomplete: --overwrite")
     if meta["settings"] != settings:
-        raise ValueError(f"{out_dir} holds data made with other settings: --overwrite it, or name another --out_dir")
+        raise ValueError(
+            f"{out_dir} holds data made with other settings: --overwrite it, or name another --out_dir"
+        )
     for name, shard in meta["shards"].items():
-        if name not in names or file_sha256(out_dir / name) != shard["sha256"]:
-            raise ValueError(f"{out_dir / name} is not what was written there (checksum): --overwrite")
+        path = out_dir / name
+        if not path.is_file() or file_sha256(path) != shard["sha256"]:
+            raise ValueError(f"{path} is not what was written there (checksum): --overwrite")
     return meta
 
 
@@ -448,7 +513,9 @@ def prepare(sources, config):
     out_dir = Path(config.out_dir or f"data/{Path(sources[0]).resolve().name.partition('.')[0]}{tag}")
     settings = {"sources": sources, **asdict(config), "tokenizer": spec, "val_fraction": fraction}
     settings = {k: v for k, v in settings.items() if k not in ("out_dir", "workers", "dry_run", "overwrite")}
-    if not config.dry_run and (meta := check_folder(out_dir, settings, config.overwrite)):
+    if out_dir.is_symlink():
+        out_dir = out_dir.resolve()
+    if not config.dry_run and (meta := made_before(out_dir, settings, config.overwrite)):
         return out_dir, meta
     ready_made = "pretokenized" in sources
     if ready_made and (len(sources) > 1 or spec != "gpt2"):
@@ -460,15 +527,22 @@ def prepare(sources, config):
     if config.dry_run:
         return out_dir, estimate(files, tokenizer, workers, config)
 
-    preparation = Preparation(unfinished(out_dir), settings, group(files))
-    sizes = [sum(file.size for file in part) for part in (files, itertools.chain(*preparation.left()))]
+    check_ours(replaced(out_dir))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(unfinished(out_dir)))
+        preparation = Preparation(unfinished(out_dir), settings, group(files))
+        sizes = [sum(file.size for file in part) for part in (files, itertools.chain(*preparation.left()))]
         bar = stack.enter_context(tqdm(total=sizes[0], initial=sizes[0] - sizes[1], unit="B", unit_scale=True))
         work = functools.partial(tokenize, tokenizer=tokenizer, val_fraction=fraction)
         pool = stack.enter_context(ThreadPoolExecutor(workers))  # tiktoken works outside the GIL
         run = functools.partial(ordered_map, pool, work, ahead=3 * workers)
-        preparation.run(take_part if ready_made else functools.partial(tokenize_part, run=run), bar)
-    return out_dir, preparation.finish(out_dir, tokenizer)
+        # another one may have been quicker, before this one began or before it ended
+        if not made_before(out_dir, settings, config.overwrite):
+            preparation.run(take_part if ready_made else functools.partial(tokenize_part, run=run), bar)
+        if meta := made_before(out_dir, settings, config.overwrite):
+            discard(unfinished(out_dir))
+            return out_dir, meta
+        return out_dir, preparation.finish(out_dir, tokenizer)
 
 
 def cores():

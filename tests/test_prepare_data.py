@@ -560,7 +560,7 @@ def test_python_sources(tmp_path, monkeypatch, source):
 def test_stdlib_for_real(tmp_path):
     done = run_script("stdlib", f"--out_dir={tmp_path / 'stdlib'}", "--max_tokens=3e6", check=0)
     assert "train on them: python train.py --dataset=" in done.stdout
-    assert sorted(snapshot(tmp_path / "stdlib")) == ["meta.json", "train_000000.bin", "val_000000.bin"]
+    assert sorted(snapshot(tmp_path / "stdlib")) == ["meta.json", "prepare_data.lock", "train_000000.bin", "val_000000.bin"]
     assert load_meta(tmp_path / "stdlib")["train_tokens"] == 3_000_000
     assert b"import" in get_tokenizer("bytes").decode_bytes(tokens_of(tmp_path / "stdlib", "train")[:100_000].tolist())
     assert Path(os.__file__).is_file() and Path(json.__file__).is_file()  # a library is read, never moved
@@ -658,17 +658,101 @@ def test_overwrite_leaves_no_shard_of_before(tmp_path):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
     make(source, tmp_path / "out", shard_tokens=10_000)
     make(source, tmp_path / "out", overwrite=True)
-    assert sorted(snapshot(tmp_path / "out")) == ["meta.json", "train_000000.bin", "val_000000.bin"]
+    assert sorted(snapshot(tmp_path / "out")) == ["meta.json", "prepare_data.lock", "train_000000.bin", "val_000000.bin"]
 
 
 @pytest.mark.parametrize("files", [["a.txt"], ["meta.json", "a.txt"], ["meta.json", "model.bin"], ["train_000000.bin"]])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_foreign_folder_is_left_alone(tmp_path, files, overwrite):
-    for name in files:
-        write(tmp_path / "out" / name, "precious")
-    with pytest.raises(ValueError, match="is there and is not ours"):
+@pytest.mark.parametrize("name, overwrite", [("out", False), ("out", True), ("out.unfinished", False), ("out.replaced", True)])
+def test_foreign_folder_is_left_alone(tmp_path, files, name, overwrite):
+    for file in files:
+        write(tmp_path / name / file, "precious")
+    with pytest.raises(ValueError, match=rf"{name} is there and is not ours"):
         make(write(tmp_path / "a.txt", "hello"), tmp_path / "out", overwrite=overwrite)
-    assert set(snapshot(tmp_path / "out").values()) == {b"precious"} and len(snapshot(tmp_path / "out")) == len(files)
+    assert set(snapshot(tmp_path / name).values()) == {b"precious"} and len(snapshot(tmp_path / name)) == len(files)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "my_train_1.bin", "train_000007.bin", "link"])
+@pytest.mark.parametrize("where", ["out", "out.unfinished"])
+def test_foreign_file_in_our_folder_is_left_alone(tmp_path, name, where):
+    """Whatever its name, and whatever it links to."""
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+    make(source, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / where)
+    if name == "link":
+        (tmp_path / where / "train_000000.bin").rename(tmp_path / "elsewhere")
+        (tmp_path / where / "train_000000.bin").symlink_to(tmp_path / "elsewhere")
+    else:
+        write(tmp_path / where / name, "precious")
+    before = snapshot(tmp_path / where)
+    with pytest.raises(ValueError, match="is there and is not ours"):
+        make(source, tmp_path / "out", overwrite=where == "out")
+    assert snapshot(tmp_path / where) == before
+
+
+def test_overwrite_killed_at_any_step_of_the_swap(tmp_path):
+    """At each file operation of the swap in turn: the same command then ends as an undisturbed one does."""
+    source, out = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out"
+    make(source, tmp_path / "calm")
+    code = """if True:
+        import os, sys, prepare_data
+        left = int(sys.argv.pop(1))
+        def count(event, arguments):
+            global left
+            if event in ("os.rename", "os.remove", "os.rmdir") and "/out" in str(arguments[0]):
+                left -= 1
+                left or os._exit(9)
+        sys.addaudithook(count)
+        prepare_data.main()"""
+    kills = 0
+    for step in range(1, 40):
+        make(source, out, shard_tokens=60_000, overwrite=out.exists())
+        command = [sys.executable, "-c", code, str(step), source, f"--out_dir={out}", "--overwrite"]
+        code_of_exit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).returncode
+        if code_of_exit == 0:
+            break
+        kills += code_of_exit == 9
+        make(source, out, overwrite=True)
+        assert snapshot(out) == snapshot(tmp_path / "calm")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "calm", "out"]
+    assert kills > 8 and step < 39
+
+
+def test_two_at_once(tmp_path):
+    """Different settings, one folder: the second is one line, and what stands there in the end is whole."""
+    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 40))
+    for _ in range(3):
+        both = [run_script(source, f"--out_dir={tmp_path / 'out'}", f"--shard_tokens={n}", wait=False) for n in (50_000, 70_000)]
+        errors = [process.communicate(timeout=60)[1] for process in both]
+        assert sorted(process.returncode for process in both) == [0, 2]
+        loser = errors[0] if both[0].returncode else errors[1]
+        assert "Traceback" not in "".join(errors) and ("at work there" in loser or "other settings" in loser)
+        assert_whole(tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir() if "." in path.name] == ["a.jsonl"]
+        prepare_data.discard(tmp_path / "out")
+
+
+def assert_whole(folder):
+    """Exactly the shards that meta.json lists, with these checksums."""
+    meta = load_meta(folder)
+    assert {path.name for path in folder.glob("*.bin")} == meta["shards"].keys()
+    for name, shard in meta["shards"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == shard["sha256"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"shard_tokens": 9000}])
+def test_finished_by_another_meanwhile(tmp_path, monkeypatch, settings):
+    """Another preparation finishes while this one is at work: its folder is never replaced."""
+    source, out = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out"
+    make(source, tmp_path / "other", **settings)
+    before = snapshot(tmp_path / "other")
+    run = prepare_data.Preparation.run
+    monkeypatch.setattr(prepare_data.Preparation, "run", lambda *args: (run(*args), (tmp_path / "other").rename(out)))
+    if settings:
+        with pytest.raises(ValueError, match="other settings"):
+            make(source, out)
+    else:
+        assert make(source, out) == load_meta(out) and not (tmp_path / "out.unfinished").exists()
+    assert snapshot(out) == before
 
 
 def test_default_names(tmp_path, monkeypatch, gpt2):
@@ -845,7 +929,7 @@ def test_fineweb(tmp_path, gpt2):
     assert documents_of(tmp_path / "out", "train", gpt2) == [text for text in order if text not in held_out]
     meta = load_meta(tmp_path / "out")
     assert (meta["tokenizer"], meta["source"], meta["documents"]) == ("gpt2", "fineweb", len(DOCUMENTS))
-    assert all(path.suffix in (".bin", ".json") for path in (tmp_path / "out").iterdir())  # no raw file stays
+    assert all(path.suffix in (".bin", ".json", ".lock") for path in (tmp_path / "out").iterdir())  # no raw file stays
     assert "train on them" in done.stdout and not (tmp_path / "out.unfinished").exists()
 
 
@@ -872,8 +956,8 @@ def test_pretokenized(tmp_path, gpt2):
         run_script("pretokenized", f"--out_dir={tmp_path / 'all'}", check=0, **hub.env)
         run_script("pretokenized", f"--out_dir={tmp_path / 'some'}", "--max_tokens=10000", check=0, **hub.env)
     got = snapshot(tmp_path / "all")
-    assert {name: data for name, data in got.items() if name != "meta.json"} == files
-    assert snapshot(tmp_path / "some").keys() == files.keys() - {"fineweb_train_000003.bin"} | {"meta.json"}
+    assert {name: data for name, data in got.items() if name.endswith(".bin")} == files
+    assert snapshot(tmp_path / "some").keys() == files.keys() - {"fineweb_train_000003.bin"} | {"meta.json", "prepare_data.lock"}
     reader = ShardReader(tmp_path / "all", "train", 64, load_meta(tmp_path / "all")["vocab_size"])
     assert reader.n_tokens == 15000 and load_meta(tmp_path / "all")["val_tokens"] == 5000
     assert reader.batch(0, 5).shape == (5, 65)
