@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-SOURCES = ("stdlib", "packages", "fineweb", "fineweb-edu", "pile", "pretokenized")  # what prepare_data.py knows by name
-
-
-# ---- 2. the shard format
+RANKS = "tokenizer.tiktoken"  # the copy of a rank file in the folder of its tokens
+# what prepare_data.py knows by name
+SOURCES = ("stdlib", "packages", "fineweb", "fineweb-edu", "pile", "pretokenized")
 
 
 def atomic_write(path, *chunks):
@@ -44,24 +43,57 @@ def atomic_write(path, *chunks):
 
 
 def write_shard(path, tokens):
-    """tokens: integers < 2**16, at most 2**31 - 1 of them. -> {"tokens": count, "sha256": of the file}"""
+    """tokens: fewer than 2**31 integers < 2**16. -> {"tokens": count, "sha256": of the file}"""
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     atomic_write(path, header.tobytes(), np.ascontiguousarray(tokens, "<u2").data)
     return {"tokens": len(tokens), "sha256": file_sha256(path)}
 
 
+class ShardWriter:
+    """Cuts one split's stream of tokens into shards; holds the tokens of two of them at most."""
+
+    def __init__(self, folder, split, number, shard_tokens):
+        self.folder, self.split, self.number = folder, split, number
+        self.shard_tokens = shard_tokens
+        self.pieces, self.waiting = [], 0
+        self.shards = {}  # file name -> {"tokens": count, "sha256": of the file}
+
+    def write(self, tokens):
+        self.pieces.append(tokens)
+        self.waiting += len(tokens)
+        while self.waiting >= self.shard_tokens:
+            self.flush()
+
+    def flush(self):
+        """Write what waits, as far as it fits one shard."""
+        if self.waiting:
+            tokens = np.concatenate(self.pieces)
+            path = self.folder / f"{self.split}_{self.number + len(self.shards):06d}.bin"
+            self.shards[path.name] = write_shard(path, tokens[: self.shard_tokens])
+            self.pieces = [tokens[self.shard_tokens :]]
+            self.waiting = len(self.pieces[0])
+
+    def close(self):
+        self.flush()
+        return self.shards
+
+
 def count_tokens(f):
-    """The token count of a shard, open for reading; a ValueError names the file if it is not a whole shard."""
+    """The token count of an open shard; a ValueError names a file that is not a whole one."""
     header, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
     if len(header) < HEADER_BYTES:
         raise ValueError(f"{f.name}: truncated, its {size} bytes are less than a shard's header")
     magic, version, count = np.frombuffer(header, "<i4")[:3].tolist()
     if (magic, version) != (MAGIC, VERSION):
-        raise ValueError(f"{f.name}: not a token shard (starts with {magic}, {version}; expected {MAGIC}, {VERSION})")
+        problem = f"starts with {magic}, {version}; expected {MAGIC}, {VERSION}"
+        raise ValueError(f"{f.name}: not a token shard ({problem})")
     if size != HEADER_BYTES + 2 * count:
-        state = "truncated" if size < HEADER_BYTES + 2 * count else "damaged"
-        raise ValueError(f"{f.name}: {state}, {count} tokens in its header, {(size - HEADER_BYTES) / 2:.15g} in the file")
+        found = (size - HEADER_BYTES) / 2
+        state = "truncated" if found < count else "damaged"
+        raise ValueError(
+            f"{f.name}: {state}, {count} tokens in its header, {found:.15g} in the file"
+        )
     return count
 
 
@@ -78,12 +110,13 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-# ---- 3. reading
+# ---- reading
 
 
 KINDS = {  # of the values in meta.json; a folder made by other means needs the first two only
     "tokenizer": str,
     "vocab_size": int,
+    "tokenizer_sha256": str,
     "source": str,
     "train_tokens": int,
     "val_tokens": int,
@@ -100,7 +133,10 @@ def load_meta(folder):
     """
     folder = Path(folder)
     try:
-        return check_meta(read_json(folder / "meta.json"))
+        meta = check_meta(read_json(folder / "meta.json"))
+        if "tokenizer_sha256" in meta:  # found from any working folder
+            meta["tokenizer"] = str(folder.resolve() / RANKS)
+        return meta
     except (FileNotFoundError, NotADirectoryError):
         if any(not path.name.startswith("train") for path in shard_paths(folder, "train")):
             return {"tokenizer": "gpt2", "vocab_size": 50257}
@@ -123,17 +159,16 @@ def read_json(path):
 
 def check_meta(meta):
     for key, kind in KINDS.items():
-        wanted = key in meta or key in ("tokenizer", "vocab_size")
-        if wanted and type(meta.get(key)) is not kind:
+        if (key in meta or key in ("tokenizer", "vocab_size")) and type(meta.get(key)) is not kind:
             raise ValueError(f"{key} is {meta.get(key)!r:.40}, not {kind.__name__}")
     if not 0 < meta["vocab_size"] <= 2**16:
         raise ValueError(f"vocab_size is {meta['vocab_size']}, shards hold uint16")
     for name, shard in meta.get("shards", {}).items():
-        check_shard_entry(name, shard)
+        check_entry(name, shard)
     return meta
 
 
-def check_shard_entry(name, shard):
+def check_entry(name, shard):
     """An entry of meta.json or state.json: the name of a file beside it, its tokens and SHA-256."""
     good = is_shard(name, "train|val") and isinstance(shard, dict)
     if not good or (type(shard.get("tokens")), type(shard.get("sha256"))) != (int, str):
@@ -151,7 +186,8 @@ def making_of(folder):
     source = source if source in SOURCES else "stdlib"
     options = " --tokenizer=gpt2" if tokenizer == "gpt2" else ""
     state = "its preparation has not finished, " if unfinished(folder).is_dir() else ""
-    return f"{state}run: python prepare_data.py {source}{options} --out_dir={shlex.quote(str(folder))}"
+    options += f" --out_dir={shlex.quote(str(folder))}"
+    return f"{state}run: python prepare_data.py {source}{options}"
 
 
 def unfinished(folder):
@@ -169,43 +205,55 @@ def is_shard(name, split):
 
 @functools.lru_cache(maxsize=8)
 def shuffled(n, *key):
-    """A permutation of range(n) that depends on `key` only. Raw Philox bits are the same in every version of numpy."""
-    return np.random.Philox(np.random.SeedSequence(key)).random_raw(n).argsort(kind="stable")
+    """A permutation of range(n) that depends on `key` only."""
+    raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)  # alike in any numpy
+    return raw.argsort(kind="stable")
 
 
 class ShardReader:
     """Windows of block_size + 1 tokens from the shards of one split of a folder.
 
-    Windows lie at a stride of block_size (the last token of one is the first of the next), and none crosses a shard.
-    Nothing is kept open or in memory: each read is checked against the file as it is then, so a shard that is deleted or cut
-    short during training is a ValueError with its name (a memory map would be a SIGBUS), and workers may fork.
+    Windows lie at a stride of block_size (the last token of one is the first of the next), and
+    none crosses a shard. Nothing is kept open or in memory: each read is checked against the file
+    as it is then, so a shard that is deleted or cut short during training is a ValueError with its
+    name (a memory map would be a SIGBUS).
     """
 
     def __init__(self, folder, split, block_size, vocab_size=None, seed=0):
-        self.folder, self.block_size, self.vocab_size, self.seed = folder, block_size, vocab_size, seed % 2**64
-        load_meta(folder)
-        self.paths = shard_paths(folder, split)
+        self.folder, self.block_size, self.vocab_size = folder, block_size, vocab_size
+        self.seed = seed % 2**64
+        listed = load_meta(folder).get("shards", {})
+        self.paths = [Path(folder) / name for name in sorted(listed) if is_shard(name, split)]
+        self.paths = self.paths or shard_paths(folder, split)
         if not self.paths:
-            raise FileNotFoundError(f"no {split} shards in {folder}: {making_of(Path(folder))} --overwrite")
+            way_out = f"{making_of(Path(folder))} --overwrite"
+            raise FileNotFoundError(f"no {split} shards in {folder}: {way_out}")
         self.counts = [shard_length(path) for path in self.paths]
-        self.windows = np.array([max(0, count - 1) // block_size for count in self.counts])  # (shards,)
+        for path, count in zip(self.paths, self.counts):
+            expected = listed.get(path.name, {"tokens": count})["tokens"]
+            if count != expected:
+                raise ValueError(f"{path}: {count} tokens, and {expected} in meta.json")
+        windows = [max(0, count - 1) // block_size for count in self.counts]
+        self.windows = np.array(windows)  # (shards,)
         self.n_tokens, self.n_windows = sum(self.counts), int(self.windows.sum())
         if not self.n_windows:
-            raise ValueError(f"{folder}: {self.n_tokens} {split} tokens hold no window of block_size + 1 = {block_size + 1}")
+            window = f"no window of block_size + 1 = {block_size + 1}"
+            raise ValueError(f"{folder}: {self.n_tokens} {split} tokens hold {window}")
 
     def batch(self, first, n):
-        """Windows first .. first + n - 1 of the endless shuffled stream. -> (n, block_size + 1) int64
+        """Windows first .. first + n - 1 of the shuffled stream. -> (n, block_size + 1) int64
 
-        Position p is in epoch p // n_windows. An epoch is a permutation of all windows (shards shuffled, then the windows
-        of each) and a pure function of (seed, epoch): resuming needs only the position, and ranks that take disjoint
-        positions share no window within an epoch.
+        Position p is in epoch p // n_windows. An epoch is a permutation of all windows (shards
+        shuffled, then the windows of each) and a pure function of (seed, epoch): resuming needs
+        only the position, and ranks that take disjoint positions share no window of an epoch.
         """
         return self.gather(first, n, shuffled)
 
     def sequential(self, first, n):
-        """Windows first .. first + n - 1 in file order, for validation. -> (n, block_size + 1) int64"""
+        """Windows first .. first + n - 1 in file order. -> (n, block_size + 1) int64"""
         if first + n > self.n_windows:
-            raise ValueError(f"{self.folder}: windows up to {first + n} asked for, {self.n_windows} there")
+            problem = f"windows up to {first + n} asked for, {self.n_windows} there"
+            raise ValueError(f"{self.folder}: {problem}")
         return self.gather(first, n, lambda n, *key: np.arange(n))
 
     def gather(self, first, n, permutation):
@@ -216,7 +264,8 @@ class ShardReader:
             ends = np.cumsum(self.windows[order])
             turn = int(np.searchsorted(ends, position, side="right"))
             shard, begin = int(order[turn]), position - int(ends[turn - 1] if turn else 0)
-            windows = permutation(int(self.windows[shard]), self.seed, epoch, shard)[begin : begin + n - done]
+            windows = permutation(int(self.windows[shard]), self.seed, epoch, shard)
+            windows = windows[begin : begin + n - done]
             self.read(shard, windows, out[done : done + len(windows)])
             done += len(windows)
         return out
@@ -229,9 +278,11 @@ class ShardReader:
                 if count_tokens(f) != self.counts[shard]:
                     raise ValueError(f"{path}: changed while it was in use")
                 for row, window in zip(out, windows.tolist()):
-                    data = os.pread(f.fileno(), 2 * width, HEADER_BYTES + 2 * window * self.block_size)
+                    start = HEADER_BYTES + 2 * window * self.block_size
+                    data = os.pread(f.fileno(), 2 * width, start)
                     row[:] = np.frombuffer(data, "<u2", width)
         except FileNotFoundError:
             raise ValueError(f"{path}: vanished while it was in use") from None
         if self.vocab_size is not None and out.max() >= self.vocab_size:
-            raise ValueError(f"{path}: token id {out.max()} is beyond the vocabulary of {self.vocab_size}")
+            beyond = f"beyond the vocabulary of {self.vocab_size}"
+            raise ValueError(f"{path}: token id {out.max()} is {beyond}")

@@ -27,8 +27,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import prepare_data
+import support.tokenizer as tokenizer_module
 from prepare_data import DataConfig, prepare
+from support.folders import discard
 from support.shards import ShardReader, load_meta, write_shard
+from support.sources import is_validation, split_text, text_blocks
 from support.tokenizer import get_tokenizer
 
 TEXTS = ["one\r\ntwo", "naïve café", "日本語 🙂", "\tdef f():\n        return 1\n", "<|endoftext|>", "x" * 5000, " ", "\x00"]
@@ -78,7 +81,6 @@ def snapshot(folder):
 @pytest.fixture
 def gpt2(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2_cache())
-    get_tokenizer.cache_clear()
     return get_tokenizer("gpt2")
 
 
@@ -97,7 +99,7 @@ def test_bytes_tokenizer():
     tokenizer = get_tokenizer("bytes")
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("bytes", 257, 256)
     assert tokenizer.encode("é<|endoftext|>")[:3] == [0xC3, 0xA9, ord("<")]  # a special token's text is text
-    assert tokenizer.encode_batch(["a", ""]) == [[97], []]
+    assert tokenizer.encode("") == []
     assert tokenizer.decode([0xC3]) == "\ufffd"  # half a character
     assert tokenizer.decode([97, 256, 98]) == "a<|endoftext|>b"
     assert tokenizer.decode([97, 300]) == "a\ufffd"  # a model's vocabulary may be padded
@@ -120,6 +122,43 @@ def test_gpt2_without_vocabulary_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and "--tokenizer=bytes" in done.stderr and not list(tmp_path.glob("x*"))
 
 
+RUNS = [" " * 10**6, " " * 999_987, " " * 10**6 + "x", "\n" * 10**6 + "x", "x" + " \t" * 10**6 + "x", "\u3000" * 10**6 + "x"]
+
+
+@pytest.mark.parametrize("text", RUNS, ids=range(len(RUNS)))
+def test_a_million_spaces(tmp_path, gpt2, text):
+    """tiktoken gives up on them; what stands beside them keeps its tokens."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"he": 256}
+    for tokenizer in (gpt2, get_tokenizer(rank_file(tmp_path / "small.tiktoken", ranks))):
+        ids, beside = tokenizer.encode("hello world." + text + " hello world"), tokenizer.encode("hello world.")
+        assert tokenizer.decode(ids) == "hello world." + text + " hello world" and ids[: len(beside)] == beside
+        assert ids[-len(tokenizer.encode(" hello world")) :] == tokenizer.encode(" hello world")
+
+
+@pytest.mark.parametrize("n", [10, 1000, 99_999, 199_000, 400_000])
+def test_shorter_runs_keep_their_tokens(gpt2, n):
+    text = "a" + " " * n + "b" + "\n" * n + "c"
+    if n < 100_000:
+        assert gpt2.encode(text) == gpt2.encoding.encode_ordinary(text)
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+@pytest.mark.parametrize("name, content, where", [
+    ("a.jsonl", jsonl(["good", "", "BAD one"]), "line 3"),
+    ("a.parquet", parquet(["good", None, "BAD one"]), "row 3"),
+    ("a.md", b"BAD one", "document 1"),
+])  # fmt: skip
+def test_text_that_the_tokenizer_refuses_is_named(tmp_path, monkeypatch, name, content, where):
+    encode = tokenizer_module.Tokenizer.encode_array
+    def refuse(self, text):
+        if "BAD" in text:
+            raise ValueError("stack overflow")
+        return encode(self, text)
+    monkeypatch.setattr(tokenizer_module.Tokenizer, "encode_array", refuse)
+    with pytest.raises(ValueError, match=rf"{name}: {where}: stack overflow"):
+        make(write(tmp_path / name, content), tmp_path / "out")
+
+
 def rank_file(path, ranks):
     return write(path, b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
 
@@ -130,6 +169,41 @@ def test_rank_file(tmp_path):
     assert (tokenizer.vocab_size, tokenizer.eot) == (261, 260)
     assert tokenizer.encode("hello world") == [258, ord("o"), 259, *b"orld"]
     assert tokenizer.decode(tokenizer.encode("hello wörld")) == "hello wörld"
+
+
+RANKS = {bytes([i]): i for i in range(256)} | {b"he": 256}
+
+
+def test_rank_file_travels_with_the_data(tmp_path, monkeypatch):
+    """Named by a relative path, found from another folder, the original gone; a changed copy is refused."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    ranks = rank_file(Path("my.tiktoken"), RANKS)
+    make(write(Path("a.txt"), "hello"), Path("../out"), tokenizer="my.tiktoken")
+    monkeypatch.chdir(tmp_path / "two")
+    Path(tmp_path / "one" / "my.tiktoken").rename(tmp_path / "gone")
+    meta = load_meta("../out")
+    tokenizer = get_tokenizer(meta["tokenizer"], meta["tokenizer_sha256"])
+    assert tokenizer.encode("hello") == [256, *b"llo"] and tokenizer.sha256 == meta["tokenizer_sha256"]
+    assert Path(meta["tokenizer"]).is_absolute() and ranks == "my.tiktoken"
+    assert meta["tokenizer_sha256"] == hashlib.sha256((tmp_path / "gone").read_bytes()).hexdigest()
+    rank_file(tmp_path / "out" / "tokenizer.tiktoken", SINGLE | {b"he": 257, b"lo": 256})
+    with pytest.raises(ValueError, match=r"tokenizer\.tiktoken: not the tokenizer that .* \(SHA-256\)"):
+        get_tokenizer(meta["tokenizer"], meta["tokenizer_sha256"])
+
+
+def test_changed_rank_file_is_another_preparation(tmp_path):
+    source, ranks = write(tmp_path / "a.txt", "hello"), tmp_path / "my.tiktoken"
+    make(source, tmp_path / "out", tokenizer=rank_file(ranks, RANKS))
+    make(source, tmp_path / "out", tokenizer=str(ranks))
+    rank_file(ranks, SINGLE | {b"lo": 256})
+    with pytest.raises(ValueError, match="other settings"):
+        make(source, tmp_path / "out", tokenizer=str(ranks))
+    make(source, tmp_path / "out", tokenizer=str(ranks), overwrite=True)
+    assert load_meta(tmp_path / "out")["tokenizer_sha256"] == hashlib.sha256(ranks.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="bytes: not the tokenizer that"):
+        get_tokenizer("bytes", "0" * 64)
 
 
 SINGLE = {bytes([i]): i for i in range(256)}
@@ -413,7 +487,7 @@ def test_formats_hold_the_same_documents(tmp_path, name, content, options):
     meta = make(write(tmp_path / name, content), tmp_path / "out", **options)
     tokenizer = get_tokenizer("bytes")
     train, val = (documents_of(tmp_path / "out", split, tokenizer) for split in ("train", "val"))
-    held_out = [text for text in DOCUMENTS if prepare_data.is_validation(text, 0.05)]
+    held_out = [text for text in DOCUMENTS if is_validation(text, 0.05)]
     assert val == held_out and train == [text for text in DOCUMENTS if text not in held_out] and 5 < len(val) < 40
     assert meta["documents"] == len(DOCUMENTS) and (meta["tokenizer"], meta["vocab_size"]) == ("bytes", 257)
     assert (meta["train_tokens"], meta["val_tokens"]) == tuple(len(tokens_of(tmp_path / "out", s)) for s in ("train", "val"))
@@ -467,9 +541,9 @@ def test_one_txt_is_many_documents(tmp_path, text):
     share = meta["val_tokens"] / (meta["train_tokens"] + meta["val_tokens"])
     lengths = [len(document) for document in all_documents(tmp_path / "out")]
     assert 0.1 < share < 0.3 and 1000 < np.mean(lengths) < 20_000 and max(lengths) < 2**17
-    assert "".join(prepare_data.split_text(text)) == text
+    assert "".join(split_text(text)) == text
     assert sorted(all_documents(tmp_path / "out")) == sorted(
-        d for block in prepare_data.text_blocks(Path(path)) for d in block[0])
+        d for block in text_blocks(Path(path)) for d in block[0])
 
 
 def test_txt_split_depends_on_the_text_alone(tmp_path):
@@ -491,7 +565,7 @@ def test_share_far_off_is_said(tmp_path):
     write(tmp_path / "in" / "a.md", "word " * 50_000)
     write(tmp_path / "in" / "b.md", "".join(f"line {i}\n" for i in range(128)))
     done = run_script(tmp_path / "in", f"--out_dir={tmp_path / 'few'}", "--val_fraction=0.3", check=0)
-    assert "note: " in done.stdout and "where 30.0% was asked for: 2 documents are few" in done.stdout
+    assert "note: " in done.stdout and "30.0% was asked for: 2 documents are few" in done.stdout
     source = write(tmp_path / "a.txt", TXT["paragraphs"])
     done = run_script(source, f"--out_dir={tmp_path / 'many'}", "--val_fraction=0.3", check=0)
     assert "note: " not in done.stdout
@@ -507,6 +581,10 @@ BAD_SOURCES = [  # file name, content, what the line says
     ("deep.jsonl", b"[" * 100_000 + b"\n", r"deep\.jsonl: line 1: not JSON"),
     ("key.parquet", parquet(["a"], key="content"), r"key\.parquet: no column 'text' \(--text_key\) among id, content"),
     ("number.parquet", parquet([1, 2]), r"number\.parquet: the column 'text' holds int64"),
+    ("list.parquet", parquet([["a"], ["b"]]), r"list\.parquet: the column 'text' holds list<"),
+    ("struct.parquet", parquet([{"a": "b"}]), r"struct\.parquet: the column 'text' holds struct<"),
+    ("map.parquet", parquet(pyarrow.array([[("a", "b")]], pyarrow.map_("string", "string"))),
+     r"map\.parquet: the column 'text' holds map<"),
     ("cut.parquet", parquet(DOCUMENTS)[:-100], r"cut\.parquet: "),
     ("cut.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS))[:-100], r"cut\.jsonl\.zst: .*[Tt]runcated"),
     ("other.jsonl.zst", b"no zstd here", r"other\.jsonl\.zst: "),
@@ -524,6 +602,17 @@ def test_bad_source(tmp_path, name, content, line):
     with pytest.raises(ValueError, match=line) as error:
         make(write(tmp_path / name, content), tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_line_that_decompresses_to_gigabytes(tmp_path):
+    """91 KB of zst, 3 GB of text on one line: refused by name, in little memory."""
+    packer = zstandard.ZstdCompressor().compressobj()
+    packed = [packer.compress(data) for data in [b'{"text": "'] + [b"a" * 10**7] * 300]
+    source = write(tmp_path / "bomb.jsonl.zst", b"".join(packed) + packer.flush())
+    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9,) * 2); import prepare_data; prepare_data.main()"
+    command = [sys.executable, "-c", code, source, f"--out_dir={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and "bomb.jsonl.zst: line 1: longer than 64 MiB" in done.stderr.splitlines()[-1]
 
 
 def test_empty_folder_and_missing_path(tmp_path):
@@ -571,7 +660,7 @@ def test_stdlib_for_real(tmp_path):
 def test_validation_by_hash(text, fraction):
     """A document's split depends on its text alone, and a larger share only adds documents."""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-    assert prepare_data.is_validation(text, fraction) == (struct.unpack("<Q", digest)[0] / 2**64 < fraction)
+    assert is_validation(text, fraction) == (struct.unpack("<Q", digest)[0] / 2**64 < fraction)
 
 
 def test_copies_of_a_held_out_document_are_never_trained_on(tmp_path):
@@ -589,7 +678,7 @@ def test_workers_change_nothing(tmp_path, gpt2):
     for workers in (1, 2):
         make(source, tmp_path / f"out{workers}", tokenizer="gpt2", workers=workers, shard_tokens=50_000)
     assert snapshot(tmp_path / "out1") == snapshot(tmp_path / "out2")
-    assert documents_of(tmp_path / "out1", "val", gpt2) == [t for t in DOCUMENTS * 20 if prepare_data.is_validation(t, 0.05)]
+    assert documents_of(tmp_path / "out1", "val", gpt2) == [t for t in DOCUMENTS * 20 if is_validation(t, 0.05)]
 
 
 def test_shards_are_cut_exactly(tmp_path):
@@ -728,7 +817,7 @@ def test_two_at_once(tmp_path):
         assert "Traceback" not in "".join(errors) and ("at work there" in loser or "other settings" in loser)
         assert_whole(tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir() if "." in path.name] == ["a.jsonl"]
-        prepare_data.discard(tmp_path / "out")
+        discard(tmp_path / "out")
 
 
 def assert_whole(folder):
@@ -809,14 +898,19 @@ def test_finished_parts_are_kept(tmp_path, monkeypatch):
     assert out == calm
 
 
-@pytest.mark.parametrize("damage", ["shard gone", "shard cut", "input changed", "state garbage", "state of others"])
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("damage", ["shard gone", "shard cut", "input changed", "state garbage", "settings changed"])
 def test_resume_distrusts(tmp_path, monkeypatch, damage):
     """Whatever happened to the unfinished folder, the result is that of an undisturbed run."""
     for i in range(3):
         write(tmp_path / "in" / f"{i}.jsonl", jsonl(DOCUMENTS[i::3]))
     monkeypatch.setattr(prepare_data, "PART", 1000)
-    monkeypatch.setattr(prepare_data.Preparation, "finish", lambda *_: None)  # all parts done, then killed
-    make(tmp_path / "in", tmp_path / "out")
+    monkeypatch.setattr(prepare_data.Preparation, "finish", killed)  # when all parts are done
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "in", tmp_path / "out")
     monkeypatch.undo()
     monkeypatch.setattr(prepare_data, "PART", 1000)
     work = tmp_path / "out.unfinished"
@@ -828,11 +922,9 @@ def test_resume_distrusts(tmp_path, monkeypatch, damage):
         write(tmp_path / "in" / "1.jsonl", jsonl([*DOCUMENTS[1::3], "one more"]))
     elif damage == "state garbage":
         write(work / "state.json", "{")
-    else:
-        make(tmp_path / "in", tmp_path / "out", shard_tokens=5000)  # another run's shards stand in the way
-    if damage != "state of others":
-        make(tmp_path / "in", tmp_path / "out")
-    make(tmp_path / "in", tmp_path / "calm", shard_tokens=5000 if damage == "state of others" else 100_000_000)
+    size = 5000 if damage == "settings changed" else 10**8  # then other shards stand in the way
+    for folder in ("out", "calm"):
+        make(tmp_path / "in", tmp_path / folder, shard_tokens=size)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm") and not work.exists()
 
 
@@ -873,7 +965,7 @@ def test_missing_extra_is_one_line(tmp_path):
     write(tmp_path / "fake" / "pyarrow.py", "raise ImportError")
     source = write(tmp_path / "a.parquet", parquet(["a"]))
     done = run_script(source, f"--out_dir={tmp_path / 'out'}", check=2, PYTHONPATH=str(tmp_path / "fake"))
-    assert 'pyarrow is not installed: pip install pyarrow, or pip install "nanoexperts[data]"' in done.stderr
+    assert 'pyarrow is not installed: pip install -e ".[data]"' in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -888,6 +980,11 @@ def test_missing_extra_is_one_line(tmp_path):
     (["pretokenized", "--tokenizer=bytes"], "pretokenized is GPT-2's tokens"),
     (["stdlib", "--subset=sample/10BT"], "--repo and --subset choose a dataset on the hub"),
     (["stdlib", f"--out_dir={__file__}"], "is there and is not ours"),
+    (["stdlib", "--out_dir="], "--out_dir is empty"),
+    (["stdlib", f"--out_dir={'a' * 300}"], "File name too long"),
+    (["stdlib", f"--out_dir={'a' * 250}"], "File name too long"),
+    (["stdlib", f"--tokenizer={'a' * 300}.tiktoken"], "File name too long"),
+    (["a" * 300], "a" * 300),
 ])  # fmt: skip
 def test_mistakes(monkeypatch, capsys, tmp_path, arguments, line):
     monkeypatch.chdir(tmp_path)
@@ -896,6 +993,71 @@ def test_mistakes(monkeypatch, capsys, tmp_path, arguments, line):
         prepare_data.main()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and line in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_fifo_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "a.tiktoken")
+    source = write(tmp_path / "b.txt", "hello")
+    for arguments in ([tmp_path / "a.txt"], [source, f"--tokenizer={tmp_path / 'a.tiktoken'}"]):
+        done = run_script(*arguments, f"--out_dir={tmp_path / 'out'}", check=2)
+        assert done.stderr.count("\n") == 1 and "a.t" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../../precious_train_1.bin", "../train_000000.bin", "/etc/passwd"])
+def test_names_in_state_never_leave_the_folder(tmp_path, name):
+    """A state.json made by hand: its names are not believed, and nothing elsewhere is touched."""
+    source, work = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out.unfinished"
+    calm = make(source, tmp_path / "calm")
+    outside = [Path(write(tmp_path / file, header(count=0))) for file in ("precious_train_1.bin", "train_000000.bin")]
+    files = [[str(source), Path(source).stat().st_size, str(Path(source).stat().st_mtime_ns), ""]]
+    part = {"files": files, "shards": {name: {"tokens": 0, "sha256": ""}}, "documents": 1}
+    write(work / "state.json", json.dumps({"settings": calm["settings"], "parts": [part]}))
+    write(work / "prepare_data.lock", "")
+    assert make(source, tmp_path / "out") == calm
+    assert all(path.read_bytes() == header(count=0) for path in outside)
+
+
+@pytest.mark.parametrize("state", [
+    "[]", "null", "[" * 100_000, '{"settings": 1, "parts": 2}', {"parts": 3}, {"parts": [4]}, {"parts": [{"files": 5}]},
+    {"shards": 6}, {"shards": {"train_000000.bin": 7}}, {"documents": "8"}, {"documents": None},
+])  # fmt: skip
+def test_state_of_wrong_types_starts_again(tmp_path, state):
+    source, work = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out.unfinished"
+    calm = make(source, tmp_path / "calm")
+    files = [[str(source), Path(source).stat().st_size, str(Path(source).stat().st_mtime_ns), ""]]
+    if isinstance(state, dict):
+        part = {"files": files, "shards": {}, "documents": 1} | state
+        state = json.dumps({"settings": calm["settings"], "parts": [part]} | {k: state[k] for k in state if k == "parts"})
+    write(work / "state.json", state)
+    write(work / "prepare_data.lock", "")
+    assert make(source, tmp_path / "out") == calm
+
+
+def test_full_disk_during_a_download_is_named_as_such(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, 10**4))"
+    code = f"{limit}; import prepare_data; prepare_data.main()"
+    with HubServer(fineweb()) as hub:
+        command = [sys.executable, "-c", code, "fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **hub.env})
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "File too large" in last and "cannot reach" not in last
+
+
+def test_shards_that_meta_does_not_list(tmp_path):
+    """A folder that two preparations have mixed: the reader names the shard."""
+    make(write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out", shard_tokens=50_000)
+    path = tmp_path / "out" / "train_000001.bin"
+    whole = path.read_bytes()
+    write_shard(path, np.arange(20))
+    with pytest.raises(ValueError, match=r"train_000001\.bin: 20 tokens, and 50000 in meta\.json"):
+        ShardReader(tmp_path / "out", "train", 8)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train_000001\.bin"):
+        ShardReader(tmp_path / "out", "train", 8)
+    write(path, whole)
+    write_shard(tmp_path / "out" / "train_000009.bin", np.arange(20))  # not of this preparation
+    assert ShardReader(tmp_path / "out", "train", 8).n_tokens == load_meta(tmp_path / "out")["train_tokens"]
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
@@ -924,7 +1086,7 @@ def test_fineweb(tmp_path, gpt2):
         done = run_script("fineweb", f"--out_dir={tmp_path / 'out'}", "--workers=1", "--val_fraction=0.05", check=0, **hub.env)
         assert sorted(downloads(hub)) == [f"{i:03d}_00000.parquet" for i in range(3)]
     order = [text for i in range(3) for text in DOCUMENTS[i::3]]
-    held_out = [text for text in order if prepare_data.is_validation(text, 0.05)]
+    held_out = [text for text in order if is_validation(text, 0.05)]
     assert documents_of(tmp_path / "out", "val", gpt2) == held_out
     assert documents_of(tmp_path / "out", "train", gpt2) == [text for text in order if text not in held_out]
     meta = load_meta(tmp_path / "out")
