@@ -31,9 +31,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import fail, parse
-from support import shards
-from support.folders import LOCK, beside, check_ours, discard, locked, put_in_place
-from support.shards import ShardWriter, file_sha256, is_shard, load_meta
+from support import folders, shards
+from support.folders import beside, is_shard, load_meta
+from support.shards import ShardWriter, file_sha256
 from support.sources import HUB, PYTHON_SOURCES, fetch, is_validation, list_files, read_batches
 from support.tokenizer import get_tokenizer
 
@@ -109,7 +109,7 @@ class Preparation:
         """plan: [[File]], the files of each part. What a run with the same settings did counts."""
         self.work, self.settings, self.plan, self.parts = work, settings, plan, []
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            state = shards.read_json(work / "state.json")
+            state = folders.read_json(work / "state.json")
             for part, files in zip(state["parts"] if state["settings"] == settings else [], plan):
                 if part["files"] != [list(file) for file in files] or not self.holds(part):
                     break  # another file by now, or a shard that is gone
@@ -117,7 +117,7 @@ class Preparation:
 
     def holds(self, part):
         for name, shard in part["shards"].items():
-            shards.check_entry(name, shard)
+            folders.check_entry(name, shard)
             size = shards.HEADER_BYTES + 2 * shard["tokens"]
             if (self.work / name).stat().st_size != size:
                 return False
@@ -194,12 +194,12 @@ class Preparation:
             made[name] = shards.write_shard(self.work / name, piece)
 
     def finish(self, tokenizer):
-        """Write meta.json. -> meta"""
+        """Write meta.json, and leave nothing that it does not name."""
         self.fill_empty_split()
         meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
         if tokenizer.sha256:  # a copy travels with the data
-            meta |= {"tokenizer": shards.RANKS, "tokenizer_sha256": tokenizer.sha256}
-            shards.atomic_write(self.work / shards.RANKS, Path(tokenizer.name).read_bytes())
+            meta |= {"tokenizer": folders.RANKS, "tokenizer_sha256": tokenizer.sha256}
+            shards.atomic_write(self.work / folders.RANKS, Path(tokenizer.name).read_bytes())
         meta["source"] = " ".join(self.settings["sources"])
         meta |= {f"{split}_tokens": self.tokens(split) for split in ("train", "val")}
         meta["documents"] = sum(part["documents"] for part in self.parts)  # 0: unknown
@@ -211,7 +211,6 @@ class Preparation:
                 path.unlink()
         shutil.rmtree(self.work / "raw", ignore_errors=True)
         shards.atomic_write(self.work / "meta.json", json.dumps(meta, indent=1).encode())
-        return load_meta(self.work)
 
 
 def group(files):
@@ -223,11 +222,11 @@ def group(files):
 
 def made_before(out_dir, settings, overwrite):
     """The meta of a folder that these settings have made, checksums verified; None: to be made."""
-    check_ours(out_dir, (LOCK,) if overwrite else (LOCK, "meta.json"))
+    folders.check_ours(out_dir, (folders.LOCK,) if overwrite else (folders.LOCK, "meta.json"))
     if overwrite or not out_dir.exists() or not list(out_dir.iterdir()):
         return None
     meta = load_meta(out_dir)
-    if not shards.KINDS.keys() - {"tokenizer_sha256"} <= meta.keys():
+    if not folders.KINDS.keys() - {"tokenizer_sha256"} <= meta.keys():
         raise ValueError(f"{out_dir / 'meta.json'} is incomplete: --overwrite")
     if meta["settings"] != settings:
         way_out = "--overwrite it, or name another --out_dir"
@@ -266,32 +265,28 @@ def prepare(sources: list[str], config: DataConfig):
         return out_dir, meta
 
     files = [file for source in sources for file in list_files(source, config)]
-    workers = config.workers or cores()
+    workers = config.workers or os.cpu_count()
     if config.dry_run:
         return out_dir, estimate(files, tokenizer, workers, config)
     work = beside(out_dir, "unfinished")
-    check_ours(beside(out_dir, "replaced"))
-    with locked(work):
+    folders.check_ours(beside(out_dir, "replaced"))
+    with folders.locked(work):
         preparation = Preparation(work, settings, group(files))
         tokenize_part = lambda *args: Preparation.tokenize_part(*args, tokenizer, workers)
         # another process may be quicker, before this one begins or before it ends
         if not done():
             preparation.run(Preparation.take_part if ready_made else tokenize_part)
         if meta := done():
-            discard(work)
+            folders.discard(work)
         else:
             preparation.finish(tokenizer)
-            put_in_place(work, out_dir)
+            folders.put_in_place(work, out_dir)
         return out_dir, meta or load_meta(out_dir)
 
 
 def default_folder(source, spec):
     tag = "" if spec == "bytes" or source in HUB else f"_{Path(spec).stem}"
     return f"data/{Path(source).resolve().name.partition('.')[0]}{tag}"
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def estimate(files, tokenizer, workers, config):

