@@ -1,1 +1,4 @@
-"""Configurations: plain assignments, read by configurator.py. One may build on another by a star import."""
+"""One file a run: plain assignments that configurator.py reads.
+
+One may build on another by a star import; names of your own start with an underscore.
+"""

@@ -1,6 +1,8 @@
-"""Top 2 of 4 (the paper's MoE), matched to GPT-2 small: two experts of 1536 do the work of its FFN of 3072."""
+"""Top 2 of 4, matched to GPT-2 small: the MoE that the infinity-MoE paper compares with."""
 from config.gpt2_small import *
 
 out_dir = "out/moe_small"
 flavour = "topk"
-n_experts, top_k, d_expert = 4, 2, 1536
+n_experts = 4
+top_k = 2
+d_expert = 1536  # two of them do the work of the dense FFN of 3072

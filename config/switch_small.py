@@ -1,9 +1,12 @@
-"""Switch (top 1), matched to GPT-2 small: 2 experts of 3072, so 124M active and as many stored as moe_small and infmoe_small.
+"""Switch (top 1 of 2), matched to GPT-2 small: 124M active, as many stored as moe_small.
 
-The paper names no number of experts for Switch; --n_experts=4 makes it 4 full-width ones at 294M stored.
+The infinity-MoE paper names no number of experts for Switch. --n_experts=4 makes it 4 experts of
+full width, at 294M stored.
 """
 from config.gpt2_small import *
 
 out_dir = "out/switch_small"
 flavour = "switch"
-n_experts, top_k, d_expert = 2, 1, 3072
+n_experts = 2
+top_k = 1
+d_expert = 3072

@@ -1,7 +1,15 @@
-"""Infinity-MoE in small: eight layers whose experts are indexed by a continuous code.  CPU, minutes."""
+"""Infinity-MoE in small: eight layers whose experts are indexed by a continuous code.
+
+K = 2 samples, each keeping N = 25 % of an FFN that is twice as wide as a dense one: as many
+active neurons. CPU, minutes.
+"""
 from config.tiny_dense import *
 
 out_dir = "out/tiny_infmoe"
-flavour = "infmoe"  # K = 2 samples, each keeping N = 25 % of an FFN that is twice as wide: as many active units as the dense one
-n_layer, d_model, d_ff, init_std = 8, 96, 192, 0.06
-n_head, infmoe_dz = 3, 32
+flavour = "infmoe"
+n_layer = 8
+n_head = 3
+d_model = 96
+d_ff = 192
+init_std = 0.06
+infmoe_dz = 32

@@ -1,7 +1,8 @@
-"""UniPool at 182M active: one pool of 96 experts for 12 layers, 777.9M stored. Validation loss in the paper: 1.9029.
+"""UniPool at 182M active: one pool of 96 experts for 12 layers, 777.9M stored.
 
-Fewer experts by one override: --n_experts=64 keeps 66.7 % of the expert parameters and still beats the vanilla MoE there.
-More pools: --pool_groups=4 --n_experts=24 (the paper's ablation: G = 6, 4, 2).
+UniPool-full, as in the arXiv text of May 2026 (2605.06665). Validation loss there: 1.9029.
+Fewer experts: --n_experts=64 keeps 66.7 % of the expert parameters, and beats the vanilla MoE in
+the paper. More pools: --pool_groups=4 --n_experts=24 (the paper's ablation: G = 6, 4, 2).
 """
 from config.llama_182m import *
 
