@@ -43,8 +43,7 @@ def watch(model: nn.Module) -> tuple[list, list]:
             block.gate.register_forward_hook(
                 lambda gate, args, out: routers.append((out[0].float().softmax(-1), out[2])))
             block.experts.register_forward_hook(
-                lambda experts, args, out: activations.append(
-                    chosen_activations(experts, args[0], args[1])))
+                lambda m, args, out: activations.append(chosen_activations(m, *args[:2])))
     return routers, activations
 
 
