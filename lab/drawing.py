@@ -159,7 +159,7 @@ def masked_ffn():
     shapes = code_space()
     for n, (scores, colour) in enumerate(zip(SCORES, (ORANGE, GREEN))):
         base = 138 + 68 * n
-        shapes.append(text(196, base - 10, f"mask {n + 1}", 13, INK))
+        shapes.append(text(186, base - 10, f"mask {n + 1}", 13, INK))
         for j, score in enumerate(scores):
             height = score * 0.46
             fill = colour if j in kept(scores) else PALE
@@ -167,7 +167,7 @@ def masked_ffn():
                           f'height="{height:.1f}" fill="{fill}"/>')
         shapes.append(f'<line x1="240" y1="{base}" x2="481" y2="{base}" stroke="{GREY}"/>')
     shapes += [text(360, 82, "the largest N % of W_z z keep their value", 12, GREY, "middle"),
-               text(196, 242, "mean", 13)]
+               text(186, 242, "mean", 13)]
     both = [kept(scores) for scores in SCORES]
     for j in range(16):
         colours = [c for c, mask in zip((ORANGE, GREEN), both) if j in mask]

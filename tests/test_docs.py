@@ -14,8 +14,8 @@ from lab import drawing
 
 ROOT = Path(__file__).resolve().parent.parent
 TOUR = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/tour.md",
-                *(ROOT / "results").glob("*.md")])
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/tour.md",
+         *sorted((ROOT / "results").glob("*.md"))]
 
 
 def blocks(text, kind):
@@ -46,6 +46,23 @@ def test_links_lead_somewhere(page):
     local = [link.partition("#")[0] for link in links if "://" not in link]
     missing = [link for link in local if link and not (page.parent / link).exists()]
     assert not missing, f"{page.name} links to files that are not there: {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES[:3], ids=lambda page: page.name)
+def test_pages_keep_to_their_width(page):
+    """In an editor beside the code, too."""
+    most = 120 if page.name == "README.md" else 100
+    wide = [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > most]
+    assert not wide
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
+def test_configs_are_one_assignment_a_line(path):
+    source = path.read_text(encoding="utf-8")
+    assert max(map(len, source.splitlines())) <= 100
+    for node in ast.parse(source).body[1:]:  # behind the docstring
+        assert isinstance(node, (ast.ImportFrom, ast.Assign))
+        assert isinstance(node, ast.ImportFrom) or isinstance(node.targets[0], ast.Name)
 
 
 def test_the_tour_names_functions_that_are_there():
