@@ -1,0 +1,274 @@
+"""A page to look at routing: one HTML file that needs no network and no build step.
+
+    write_page("out/x/page.html", [collect(model, tokenizer, tokens, "a pool")])
+    write_page("out/x/page.html", [collect(...), collect(...)])     # two models side by side
+
+collect watches one forward pass, of our GPT or of a model of transformers', and returns plain
+numbers; page.html draws them. Whatever else fills in the same dictionary can be drawn, too:
+
+    name     str          shown above the model
+    tokens   [n] str      the text, a token each
+    next     str          the token after the last one, which it has to predict
+    layers   [L] int      block numbers of the layers with experts
+    banks    [L] int      number of each layer's bank: layers with the same number share a pool
+    loss     [n] float    nats; of predicting the token *after* this one
+    random   [L][n] float the same with this one layer's routing random, for all tokens
+
+    experts  int          E: how many a layer chooses from; None for infinity-MoE
+    ids      [L][n][K] int    the chosen ones, best first
+    gates    [L][n][K] int    their gates times 1000; 0: exactly zero, so no expert works
+
+    neurons  int          infinity-MoE: width F of the hidden layer; its first masked one, if deep
+    shown    [S] int      the neurons that `masks` holds, evenly spaced: all of them if there is room
+    masks    [L] str      base64 of (n, K, ceil(S/8)) bytes: the neurons that each sample switches on
+    own      [L][n] int   overlap of a token's own samples in %, mean over pairs; None where K = 1
+    overlap  [L][n][6] int    overlap with the next tokens in %, 1 to 6 places on; None past the end
+    chance   [L] int      overlap in % that two masks of average size would have by chance
+
+Overlap of two sets of neurons: those that both switch on, in % of those that either does.
+Letters: L layers with experts, n tokens, K experts (or samples) of one token.
+"""
+import base64
+import contextlib
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from support.noise import normal_noise, uniform_noise
+
+NEAR = 6  # neighbours on each side that a token's masks are compared with
+MASK_BITS = 600_000  # of one model: 100 kB in base64
+
+
+class Layer(NamedTuple):
+    """One layer with experts."""
+    index: int  # of its block
+    router: nn.Module  # returns Routing, a tuple of Codes, or transformers' (logits, gates, ids)
+    experts: nn.Module  # layers that share a pool have the same object here
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """The layers with experts of our GPT, or of a model of transformers' with *TopKRouter modules.
+
+    ValueError if there are none.
+    """
+    if hasattr(model, "expert_layers"):
+        pairs = zip(model.config.moe_layers(), model.expert_layers())
+        layers = [Layer(i, layer.router, bank) for i, (layer, bank) in pairs]
+    else:
+        found = [(name, module) for name, module in model.named_modules()
+                 if type(module).__name__.lower().endswith("topkrouter")]
+        layers = [Layer(int(re.search(r"\.(\d+)\.", name)[1]), router,
+                        model.get_submodule(name.rpartition(".")[0])) for name, router in found]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no router: the page shows who works on a "
+                         "token, and in a dense model everybody does")
+    return layers
+
+
+@contextlib.contextmanager
+def hooked(hooks):
+    """hooks: pairs of a module and a forward hook; gone when the `with` ends."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --------------------------------------------------------------------------------------------------
+# Collecting
+
+
+@torch.no_grad()
+def collect(model: nn.Module, tokenizer, tokens, name: str, **options) -> dict:
+    """Watch one forward pass over tokens (n + 1,) -> the dictionary of this module's docstring.
+
+    tokenizer: ours, one of transformers', or None: tokens are shown as numbers. options: further
+    arguments of the forward pass. The model is in evaluation mode meanwhile, and left as it was.
+    """
+    layers, training = find_layers(model), model.training
+    tokens = torch.as_tensor(tokens, dtype=torch.int64, device=next(model.parameters()).device)
+    if tokens.ndim != 1 or len(tokens) < 2:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}: one sequence of 2 or more")
+    model.eval()
+    try:
+        outputs, loss = watch(model, layers, tokens, options)
+        random = [losses_with(model, tokens, options, [(layer.router, random_choice(layer))])
+                  for layer in layers]
+    finally:
+        model.train(training)
+    *texts, following = spell(tokenizer, tokens.tolist())
+    banks = list(dict.fromkeys(id(layer.experts) for layer in layers))
+    page = {"name": name, "tokens": texts, "next": following,
+            "layers": [layer.index for layer in layers],
+            "banks": [banks.index(id(layer.experts)) for layer in layers],
+            "loss": loss, "random": random}
+    if is_codes(outputs[0]):
+        return page | neurons(layers, outputs)
+    return page | experts(outputs)
+
+
+def watch(model, layers, tokens, options):
+    """-> what every router returned, and the loss of every token."""
+    outputs = [None] * len(layers)
+
+    def keeper(k):
+        def keep(module, args, output):
+            outputs[k] = output
+        return keep
+
+    hooks = [(layer.router, keeper(k)) for k, layer in enumerate(layers)]
+    return outputs, losses_with(model, tokens, options, hooks)
+
+
+def losses_with(model, tokens, options, hooks):
+    """Loss in nats of predicting each token's successor while hooks are in place: n floats."""
+    with hooked(hooks):
+        logits = model(tokens[None, :-1], **options).logits[0]  # (n, V)
+    losses = F.cross_entropy(logits.float(), tokens[1:].to(logits.device), reduction="none")
+    return [round(value, 3) for value in losses.tolist()]
+
+
+def is_codes(output):
+    """Did a router of infinity-MoE return this? Codes of hidden layers, None for a dense one."""
+    return not hasattr(output, "ids") and any(hasattr(code, "logvar") for code in output)
+
+
+def gates_and_ids(output):
+    """Gates (n, K), choices (n, K) and the number of experts; of ours or of transformers'."""
+    if hasattr(output, "ids"):
+        return output.weights, output.ids, output.scores.shape[-1]
+    alike = isinstance(output, tuple) and len(output) == 3 and output[1].shape == output[2].shape
+    if not alike or output[2].is_floating_point():
+        raise ValueError("this router does not return (logits, gates, ids)")
+    return output[1], output[2], output[0].shape[-1]
+
+
+def random_choice(layer):
+    """A hook that replaces the router's choice: K distinct experts, drawn uniformly, with the
+    gates as learned; or codes from N(0, I). A pure function of layer and position, no generator."""
+    stream = 64 * layer.index  # 64: hidden layers of a deep infmoe; as in probe.py with seed 0
+
+    def draw_codes(output):
+        codes = []
+        for i, code in enumerate(output):
+            if code is not None:
+                mine = stream + (0 if layer.router.z == "shared" else i)
+                positions = torch.arange(len(code.z), device=code.z.device)
+                z = normal_noise(positions, mine, code.z[0].numel()).view_as(code.z)
+                code = code._replace(z=z.to(code.z))
+            codes.append(code)
+        return tuple(codes)
+
+    def hook(module, args, output):
+        if is_codes(output):
+            return draw_codes(output)
+        gates, ids, n_experts = gates_and_ids(output)
+        positions = torch.arange(len(ids), device=ids.device)
+        noise = uniform_noise(positions, stream, n_experts)  # (n, E)
+        drawn = noise.topk(ids.shape[1]).indices.to(ids.dtype)  # (n, K)
+        if hasattr(output, "ids"):
+            return output._replace(ids=drawn)
+        return output[0], gates, drawn
+
+    return hook
+
+
+def experts(outputs):
+    """The part of the dictionary that discrete experts have."""
+    page = {"experts": None, "ids": [], "gates": []}
+    for output in outputs:
+        gates, ids, page["experts"] = gates_and_ids(output)
+        thousandths = (1000 * gates.float()).round().clamp_min(1)  # tiny is not zero
+        thousandths = thousandths.masked_fill(gates == 0, 0)
+        page["gates"].append(thousandths.int().tolist())
+        page["ids"].append(ids.tolist())
+    return page
+
+
+def neurons(layers, outputs):
+    """The part of the dictionary that infinity-MoE has."""
+    page = {"experts": None, "masks": [], "own": [], "overlap": [], "chance": []}
+    for layer, codes in zip(layers, outputs):
+        mask = next(m for m in layer.experts.masks(codes) if m is not None)  # (n, K, F)
+        on = (mask != 0).cpu().numpy()
+        n, k, width = on.shape
+        room = max(8, MASK_BITS // (len(layers) * n * k))
+        shown = np.linspace(0, width - 1, min(width, room)).round().astype(int)
+        packed = np.packbits(on[:, :, shown], axis=-1)
+        page["masks"].append(base64.b64encode(packed.tobytes()).decode())
+        page["own"].append(own_overlap(on))
+        page["overlap"].append(near_overlap(on.any(1)))
+        page["chance"].append(chance_overlap(on.any(1)))
+    return page | {"neurons": width, "shown": shown.tolist()}
+
+
+def jaccard(a, b):
+    """Overlap of two sets of neurons (..., F) bool in %: (...,) int."""
+    return np.rint(100 * (a & b).sum(-1) / np.maximum((a | b).sum(-1), 1)).astype(int)
+
+
+def own_overlap(on):
+    """on (n, K, F): overlap of a token's samples, mean over pairs."""
+    pairs = [jaccard(on[:, i], on[:, j]) for i, j in itertools.combinations(range(on.shape[1]), 2)]
+    return np.rint(np.mean(pairs, 0)).astype(int).tolist() if pairs else None
+
+
+def near_overlap(on):
+    """on (n, F): overlap with the NEAR next tokens, None past the end of the text."""
+    rows = []
+    for i, mine in enumerate(on):
+        following = jaccard(mine, on[i + 1:i + 1 + NEAR]).tolist()
+        rows.append(following + [None] * (NEAR - len(following)))
+    return rows
+
+
+def chance_overlap(on):
+    """on (n, F): the overlap of two independent sets, each neuron on with the average share p."""
+    p = on.mean()
+    return round(float(100 * p / (2 - p)))
+
+
+def spell(tokenizer, ids):
+    """The text of every token; bytes that are no character by themselves as \\xNN."""
+    if tokenizer is None:
+        return [f"#{i}" for i in ids]
+    if hasattr(tokenizer, "decode_bytes"):
+        spelled = [tokenizer.decode_bytes([i]) for i in ids]
+        return [text.decode("utf-8", errors="backslashreplace") for text in spelled]
+    # by what a token adds to the text before it: SentencePiece drops the space of a lone token
+    texts = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
+    return [after[len(before):] or "\ufffd" for before, after in zip(texts, texts[1:])]
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_page(path, models: list[dict]) -> None:
+    """One self-contained HTML file, complete or not at all. models: what collect returned.
+
+    ValueError if the models did not read the same text.
+    """
+    for other in models[1:]:
+        if other["tokens"] != models[0]["tokens"]:
+            raise ValueError(f"{models[0]['name']} and {other['name']} did not read the same "
+                             "tokens: the page compares models token by token")
+    # inside a script tag only "<" can end it or open a comment
+    data = json.dumps(models, separators=(",", ":")).replace("<", "\\u003c")
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(template.replace("THE_DATA", data), encoding="utf-8")
+    os.replace(temporary, path)
