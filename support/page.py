@@ -20,10 +20,10 @@ numbers; page.html draws them. Whatever else fills in the same dictionary can be
 
     neurons  int          infinity-MoE: width F of the hidden layer; its first masked one, if deep
     shown    [S] int      the neurons that `masks` holds, evenly spaced: all of them if there is room
-    masks    [L] str      base64 of (n, K, ceil(S/8)) bytes: the neurons that each sample switches on
-    own      [L][n] int   overlap of a token's own samples in %, mean over pairs; None where K = 1
-    overlap  [L][n][6] int    overlap with the next tokens in %, 1 to 6 places on; None past the end
-    chance   [L] int      overlap in % that two masks of average size would have by chance
+    masks    [L] str      base64 of (n, K, ceil(S/8)) bytes: the neurons that a sample switches on
+    own      [L][n] int   overlap in % of a token's own samples, mean over pairs; None where K = 1
+    overlap  [L][n][6] int    with the tokens 1 to 6 places on; None past the end
+    chance   [L] int      what two masks of average size would have by chance
 
 Overlap of two sets of neurons: those that both switch on, in % of those that either does.
 Letters: L layers with experts, n tokens, K experts (or samples) of one token.
@@ -136,6 +136,8 @@ def losses_with(model, tokens, options, hooks):
     with hooked(hooks):
         logits = model(tokens[None, :-1], **options).logits[0]  # (n, V)
     losses = F.cross_entropy(logits.float(), tokens[1:].to(logits.device), reduction="none")
+    if not losses.isfinite().all():
+        raise ValueError("the model's loss is not finite: it has diverged, there is nothing to show")
     return [round(value, 3) for value in losses.tolist()]
 
 
@@ -265,7 +267,7 @@ def write_page(path, models: list[dict]) -> None:
             raise ValueError(f"{models[0]['name']} and {other['name']} did not read the same "
                              "tokens: the page compares models token by token")
     # inside a script tag only "<" can end it or open a comment
-    data = json.dumps(models, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(models, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

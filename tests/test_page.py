@@ -1,0 +1,384 @@
+"""The page to look at routing: what it holds is what the model did, and Chromium draws just that.
+
+  1. discrete experts, ours and transformers'      3. tokens as text      5. in a browser
+  2. infinity-MoE's masks                          4. the file
+"""
+import base64
+import itertools
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from probe_helpers import ROUTED, hf_model, random_model, tokens
+from torch import nn
+
+import moe
+from support import page
+from support.page import collect, write_page
+from support.tokenizer import get_tokenizer
+
+BASE = dict(arch="llama", n_layer=4)
+OURS = {
+    "topk": BASE | dict(flavour="topk", n_experts=6, d_expert=24),
+    "deepseek": BASE | dict(flavour="deepseek", n_experts=6, moe_every=2),  # layers 1 and 3 only
+    "unipool": BASE | dict(flavour="unipool", n_experts=3, top_k=2),  # many gates are zero
+    "pools": BASE | dict(flavour="unipool", n_experts=12, pool_groups=2),
+}
+BYTES = get_tokenizer("bytes")
+
+
+def text_ids(length=21):
+    return tokens(1, length)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. Discrete experts.
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_collect_is_what_the_model_did(name):
+    model, ids = random_model(**OURS[name]).train(), text_ids()
+    got = collect(model, BYTES, ids, name)
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    with torch.no_grad():
+        out = model.eval()(ids[None, :-1], return_routings=True)
+    expected = F.cross_entropy(out.logits[0], ids[1:], reduction="none")
+    assert got["loss"] == pytest.approx(expected.tolist(), abs=6e-4)
+    assert got["layers"] == model.config.moe_layers() and got["experts"] == model.config.n_experts
+    zeros = 0
+    for routing, chosen, gates in zip(out.routings, got["ids"], got["gates"], strict=True):
+        assert chosen == routing.ids.tolist()
+        gates = torch.tensor(gates) / 1000
+        assert torch.equal(gates == 0, routing.weights == 0)
+        torch.testing.assert_close(gates, routing.weights, atol=1e-3, rtol=0)
+        zeros += (gates == 0).sum().item()
+    assert (zeros > 0) == (name == "unipool")
+    banks = {"unipool": [0, 0, 0, 0], "pools": [0, 0, 1, 1], "topk": [0, 1, 2, 3]}
+    assert got["banks"] == banks.get(name, [0, 1])
+    json.dumps(got, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["topk", "unipool"])
+def test_losses_under_random_routing(name):
+    """Each layer's row against a model whose router was replaced, once and for all, by hand."""
+    ids = text_ids()
+    model = random_model(**OURS[name])
+    got = collect(model, BYTES, ids, name)
+
+    class Other(nn.Module):
+        def __init__(self, router, draw):
+            super().__init__()
+            self.router, self.draw = router, draw
+
+        def forward(self, x, *args):
+            learned = self.router(x, *args)
+            changed = self.draw(None, None, learned)
+            assert torch.equal(changed.weights, learned.weights)
+            return learned._replace(ids=changed.ids)
+
+    for k, layer in enumerate(page.find_layers(model)):
+        ffn = model.blocks[layer.index].ffn
+        ffn.router = Other(layer.router, page.random_choice(layer))
+        with torch.no_grad():
+            logits = model(ids[None, :-1]).logits[0]
+        ffn.router = layer.router
+        losses = F.cross_entropy(logits, ids[1:], reduction="none")
+        assert got["random"][k] == pytest.approx(losses.tolist(), abs=6e-4)
+        assert got["random"][k] != got["loss"]
+    assert collect(model, BYTES, ids, name) == got  # fixed seed
+
+
+def test_random_choice_is_uniform_without_replacement():
+    layer = page.Layer(5, None, None)
+    learned = moe.Routing(torch.rand(6000, 2), torch.zeros(6000, 2, dtype=torch.int64),
+                          torch.rand(6000, 6), torch.rand(6000, 6))
+    ids = page.random_choice(layer)(None, None, learned).ids
+    pairs = [tuple(sorted(pair)) for pair in ids.tolist()]
+    counts = np.array([pairs.count(pair) for pair in itertools.combinations(range(6), 2)])
+    assert counts.sum() == 6000  # always two different ones
+    assert ((counts - 400) ** 2 / 400).sum() < 36.12  # chi-square, 14 degrees of freedom, 0.1 %
+    other = page.random_choice(layer._replace(index=6))(None, None, learned).ids
+    assert (other == ids).float().mean() < 0.3
+
+
+@pytest.mark.parametrize("family", sorted(ROUTED))
+def test_models_of_transformers(family):
+    model, ids = hf_model(family), text_ids()
+    got = collect(model, None, ids, family, use_cache=False)
+    with torch.no_grad():
+        logits = model(ids[None, :-1]).logits[0]
+    expected = F.cross_entropy(logits, ids[1:], reduction="none")
+    assert got["loss"] == pytest.approx(expected.tolist(), abs=6e-4)
+    assert got["layers"] == ([1] if family in ("deepseek_v2", "deepseek_v3") else [0, 1])
+    assert got["experts"] == 6 and np.shape(got["ids"]) == (len(got["layers"]), 20, 2)
+    assert got["tokens"][3] == f"#{ids[3]}" and got["next"] == f"#{ids[20]}"
+    assert all(row != got["loss"] for row in got["random"])
+    if family == "mixtral":  # its choice is the top 2 of its own logits
+        with torch.no_grad():
+            scores = model(ids[None, :-1], output_router_logits=True).router_logits
+        best = [s.topk(2).indices.tolist() for s in scores]
+        assert got["ids"] == best
+
+
+def test_dense_models_and_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match="no router"):
+        collect(random_model(arch="llama"), BYTES, text_ids(), "dense")
+    with pytest.raises(ValueError, match=r"shape \(1, 5\)"):
+        collect(random_model(**OURS["topk"]), BYTES, tokens(1, 5), "two dimensions")
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Infinity-MoE.
+
+INFMOE = BASE | dict(flavour="infmoe", infmoe_dz=8)
+
+
+def unpacked(got, k, n_samples):
+    stride = -(-len(got["shown"]) // 8)
+    data = np.frombuffer(base64.b64decode(got["masks"][k]), np.uint8).reshape(-1, n_samples, stride)
+    return np.unpackbits(data, axis=-1)[..., :len(got["shown"])].astype(bool)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_masks_and_overlap(few, monkeypatch):
+    """Against sets of neurons, counted one by one."""
+    if few:
+        monkeypatch.setattr(page, "MASK_BITS", 4 * 20 * 2 * 16)  # room for 16 neurons
+    model, ids = random_model(**INFMOE), text_ids()
+    got = collect(model, BYTES, ids, "infmoe")
+    with torch.no_grad():
+        out = model(ids[None, :-1], return_routings=True)
+    assert got["neurons"] == 80 and len(got["shown"]) == (16 if few else 80)
+    assert got["shown"][0] == 0 and got["shown"][-1] == 79
+    for k, (codes, (_, bank)) in enumerate(zip(out.routings, model.expert_layers())):
+        scores = codes[0].z @ bank.w_z["0"].T  # (n, K, F)
+        sets = [[set(s.topk(20).indices.tolist()) for s in token] for token in scores]
+        expected = [[[f in s for f in got["shown"]] for s in token] for token in sets]
+        assert np.array_equal(unpacked(got, k, 2), expected)
+        share = [len(a & b) / len(a | b) for a, b in sets]
+        assert got["own"][k] == pytest.approx([100 * s for s in share], abs=0.51)
+        both = [a | b for a, b in sets]
+        for t, d in itertools.product(range(20), range(1, 7)):
+            value = got["overlap"][k][t][d - 1]
+            if t + d >= 20:
+                assert value is None
+                continue
+            a, b = both[t], both[t + d]
+            assert value == pytest.approx(100 * len(a & b) / len(a | b), abs=0.51)
+        p = np.mean([len(s) / 80 for s in both])
+        assert got["chance"][k] == pytest.approx(100 * p * p / (2 * p - p * p), abs=0.51)
+    assert all(row != got["loss"] for row in got["random"])
+
+
+@pytest.mark.parametrize("settings", [
+    dict(infmoe_mean=True),  # one mask, no overlap within a token
+    dict(infmoe_depth=2, infmoe_rate=(None, 0.25)),  # the first hidden layer is dense
+    dict(infmoe_depth=2, infmoe_z="shared"),
+    dict(pool_groups=1),
+])
+def test_other_continuous_models(settings):
+    model = random_model(**INFMOE | settings)
+    got = collect(model, BYTES, text_ids(), "infmoe")
+    samples = 1 if settings.get("infmoe_mean") else 2
+    on = unpacked(got, 0, samples)
+    assert (on.sum(-1) == 20).all()  # a quarter of 80
+    assert (got["own"][0] is None) == (samples == 1)
+    assert got["banks"] == ([0] * 4 if settings.get("pool_groups") else [0, 1, 2, 3])
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Tokens as text.
+
+
+def test_spelling_of_bytes():
+    ids = BYTES.encode("a</script>é\n")
+    spelled = page.spell(BYTES, [*ids, BYTES.eot])
+    assert spelled == [*"a</script>", "\\xc3", "\\xa9", "\n", "<|endoftext|>"]
+
+
+def test_spelling_with_a_tokenizer_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    hf = pytest.importorskip("support.hf")
+    theirs = hf.export_tokenizer(transformers, BYTES, 32)
+    text = "def f(x):\n    return x  # ab"
+    assert "".join(page.spell(theirs, theirs.encode(text))) == text
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. The file.
+
+
+def made_up(n_layers, n_experts, top_k, n=96):
+    """As collect returns it, of the largest model that the page is meant for."""
+    rng = np.random.default_rng(0)
+    shape = n_layers, n, top_k
+    return {
+        "name": "x", "tokens": [f" token{t}" for t in range(n)], "next": "</script>",
+        "layers": list(range(n_layers)), "banks": [0] * n_layers, "experts": n_experts,
+        "ids": rng.integers(0, n_experts, shape).tolist(),
+        "gates": rng.integers(0, 2000, shape).tolist(),
+        "loss": rng.random(n).round(3).tolist(),
+        "random": (10 * rng.random((n_layers, n))).round(3).tolist()}
+
+
+def test_size_and_nothing_from_outside(tmp_path):
+    path = tmp_path / "new" / "page.html"
+    write_page(path, [made_up(24, 192, 2), made_up(24, 64, 2)])
+    assert path.stat().st_size <= 300_000
+    assert [p.name for p in path.parent.iterdir()] == ["page.html"]
+    html = path.read_text(encoding="utf-8")
+    assert not re.search(r"//[a-z]|@import|url\(|src=|fetch\(|XMLHttp", html, re.I)
+    assert "default-src 'none'" in html and html.count("</script>") == 2
+
+
+def test_masks_have_a_budget(monkeypatch):
+    """Whatever the width: 24 layers, 4 samples, 6144 neurons."""
+    class Bank:
+        def masks(self, codes):
+            return [torch.rand(96, 4, 6144) > 0.75]
+
+    layers = [page.Layer(i, None, Bank()) for i in range(24)]
+    assert len(json.dumps(page.neurons(layers, [None] * 24))) < 200_000
+
+
+def test_models_must_have_read_the_same_text(tmp_path):
+    other = made_up(2, 4, 1)
+    other["tokens"] = [*other["tokens"][:-1], "!"]
+    with pytest.raises(ValueError, match="did not read the same tokens") as error:
+        write_page(tmp_path / "page.html", [made_up(2, 4, 1), other])
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path):
+    path = tmp_path / "page.html"
+    write_page(path, [made_up(2, 4, 1)])
+    before = path.read_bytes()
+    with pytest.raises(ValueError):
+        write_page(path, [made_up(2, 4, 1) | {"loss": [float("nan")] * 96}])
+    (tmp_path / "page.html.tmp").mkdir()  # writing fails after all else went well
+    with pytest.raises(OSError):
+        write_page(path, [made_up(2, 8, 1)])
+    assert path.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. In a browser.
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+
+
+def browse(path, tmp_path, address=""):
+    """-> the page's elements after its scripts ran, and what the console said."""
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900",
+         "--virtual-time-budget=3000", "--dump-dom", f"file://{path}{address}"],
+        capture_output=True, text=True, timeout=240)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, console
+
+
+def with_script(path, script):
+    """A copy of the page with another script at its end: what a reader's hands would do."""
+    copy = path.with_name("played.html")
+    copy.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    return copy
+
+
+def drawn_experts(dom):
+    """For each model the sorted (layer, expert, is its gate zero?) that its grid shows."""
+    pattern = r'data-layer="(\d+)" data-expert="(\d+)" data-gate="([\d.]+)"'
+    return [sorted((int(layer), int(expert), float(gate) == 0)
+                   for layer, expert, gate in re.findall(pattern, article))
+            for article in dom.split("<article")[1:]]
+
+
+def chosen_experts(routings, layers, t):
+    return sorted((layer, expert, gate == 0) for layer, routing in zip(layers, routings)
+                  for expert, gate in zip(routing.ids[t].tolist(), routing.weights[t].tolist()))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A pool against private experts on a text that tries to break out; what each routed."""
+    text = b'x</script><script>console.log("out")</script><!-- &lt; "\n\t  \xe2\x82\xac'
+    ids = torch.tensor(list(text))
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    pages, said = [], []
+    for name in ("unipool", "deepseek"):
+        model = random_model(**OURS[name] | dict(block_size=96))
+        pages.append(collect(model, BYTES, ids, f"<b>{name}</b>"))
+        with torch.no_grad():
+            out = model(ids[None, :-1], return_routings=True)
+        said.append((out.routings, model.config.moe_layers()))
+    write_page(path, pages)
+    return path, pages, said
+
+
+@needs_chromium
+def test_the_address_selects_a_token(pair, tmp_path):
+    path, pages, said = pair
+    dom, console = browse(path, tmp_path, "#token=5&layers=2,3")
+    assert not console
+    assert drawn_experts(dom) == [chosen_experts(*model, 5) for model in said]
+    assert "&lt;b&gt;unipool&lt;/b&gt;" in dom and "<b>unipool</b>" not in dom.split("<main")[1]
+    for one, layer in zip(pages, (2, 3)):  # the loss under random routing of that layer
+        random = np.mean(one["random"][one["layers"].index(layer)])
+        assert f"with layer {layer} choosing at random {random:.2f}" in dom
+    assert dom.count("no expert") > 0
+
+
+@needs_chromium
+def test_a_click_and_a_key_select_a_token(pair, tmp_path):
+    path, pages, said = pair
+    played = with_script(path, """
+        boxes[7].click();
+        boxes[7].focus();
+        boxes[7].dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+        document.querySelector(".cards button.mine").click();
+        document.title = document.activeElement.title + location.hash;""")
+    dom, console = browse(played, tmp_path)
+    assert not console
+    assert drawn_experts(dom) == [chosen_experts(*model, 8) for model in said]
+    title = re.search("<title>(.*?)</title>", dom)[1]
+    expert = re.search(r"token 8#token=8&amp;layers=\d+,\d+&amp;expert=0\.0\.(\d+)", title)
+    assert expert, title
+    # underlined are the tokens on which that expert of the pool works, in any layer
+    routings, _ = said[0]
+    works = sum(((r.ids == int(expert[1])) & (r.weights > 0)).any(-1) for r in routings) > 0
+    boxes = re.search('<div class="text".*?</div>', dom, re.S)[0].split("<button")[1:]
+    assert ["pinned" in box for box in boxes] == works.tolist()
+    assert 0 < sum(works) < len(works)
+    assert [re.search('aria-pressed="(.*?)"', box)[1] for box in boxes].index("true") == 8
+
+
+@needs_chromium
+def test_neurons_in_the_browser(tmp_path):
+    got = collect(random_model(**INFMOE), BYTES, text_ids(), "infmoe")
+    write_page(tmp_path / "page.html", [got])
+    dom, console = browse(tmp_path / "page.html", tmp_path, "#token=9")
+    assert not console
+    found = re.findall(r'fill-opacity="([\d.]+)" data-layer="(\d+)" data-neuron="(\d+)"', dom)
+    drawn = {(int(k), int(f)): float(opacity) for opacity, k, f in found}
+    expected = {(k, f): on / 2 for k in range(4)
+                for f, on in enumerate(unpacked(got, k, 2)[9].sum(0).tolist())}
+    assert drawn == expected
+    overlaps = re.findall(r"<td[^>]*>(\d+)</td>", dom)
+    before = [got["overlap"][0][9 - d][d - 1] for d in range(6, 0, -1)]
+    row = [*before, got["own"][0][9], *got["overlap"][0][9]]
+    assert [int(v) for v in overlaps[:13]] == row
+
+
+@needs_chromium
+def test_the_console_is_heard(pair, tmp_path):
+    """What the tests above rely on: a mistake in the script would be reported."""
+    _, console = browse(with_script(pair[0], "nothing.there()"), tmp_path)
+    assert any("nothing is not defined" in line for line in console)
