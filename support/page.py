@@ -19,18 +19,18 @@ numbers; page.html draws them. Whatever else fills in the same dictionary can be
     gates    [L][n][K] int    their gates times 1000; 0: exactly zero, so no expert works
 
     neurons  int          infinity-MoE: width F of the hidden layer; its first masked one, if deep
-    shown    [S] int      the neurons that `masks` holds, evenly spaced: all of them if there is room
+    shown    [S] int      the neurons that `masks` holds: all, or as many as there is room for
     masks    [L] str      base64 of (n, K, ceil(S/8)) bytes: the neurons that a sample switches on
-    own      [L][n] int   overlap in % of a token's own samples, mean over pairs; None where K = 1
-    overlap  [L][n][6] int    with the tokens 1 to 6 places on; None past the end
-    chance   [L] int      what two masks of average size would have by chance
+    own      [L][n] int   overlap in % between samples of one token; [L] None where K = 1
+    overlap  [L][n][6] int    with samples of the token 1 to 6 places on; None past the end
+    chance   [L] int      of two random masks
 
-Overlap of two sets of neurons: those that both switch on, in % of those that either does.
+Overlap of two masks: the neurons that both switch on, in % of those that either does; here the
+mean over pairs of samples.
 Letters: L layers with experts, n tokens, K experts (or samples) of one token.
 """
 import base64
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -137,7 +137,7 @@ def losses_with(model, tokens, options, hooks):
         logits = model(tokens[None, :-1], **options).logits[0]  # (n, V)
     losses = F.cross_entropy(logits.float(), tokens[1:].to(logits.device), reduction="none")
     if not losses.isfinite().all():
-        raise ValueError("the model's loss is not finite: it has diverged, there is nothing to show")
+        raise ValueError("the model's loss is not finite: it has diverged, nothing to show")
     return [round(value, 3) for value in losses.tolist()]
 
 
@@ -203,42 +203,50 @@ def neurons(layers, outputs):
     page = {"experts": None, "masks": [], "own": [], "overlap": [], "chance": []}
     for layer, codes in zip(layers, outputs):
         mask = next(m for m in layer.experts.masks(codes) if m is not None)  # (n, K, F)
-        on = (mask != 0).cpu().numpy()
+        on = (mask != 0).cpu().numpy().astype(np.float32)
         n, k, width = on.shape
         room = max(8, MASK_BITS // (len(layers) * n * k))
         shown = np.linspace(0, width - 1, min(width, room)).round().astype(int)
-        packed = np.packbits(on[:, :, shown], axis=-1)
+        packed = np.packbits(on[:, :, shown] > 0, axis=-1)
         page["masks"].append(base64.b64encode(packed.tobytes()).decode())
         page["own"].append(own_overlap(on))
-        page["overlap"].append(near_overlap(on.any(1)))
-        page["chance"].append(chance_overlap(on.any(1)))
+        page["overlap"].append(near_overlap(on))
+        page["chance"].append(chance_overlap(on))
     return page | {"neurons": width, "shown": shown.tolist()}
 
 
-def jaccard(a, b):
-    """Overlap of two sets of neurons (..., F) bool in %: (...,) int."""
-    return np.rint(100 * (a & b).sum(-1) / np.maximum((a | b).sum(-1), 1)).astype(int)
+def overlaps(a, b):
+    """a, b (..., K, F) 0 or 1: overlap in % of each sample of a with each one of b (..., K, K)."""
+    both = a @ b.swapaxes(-1, -2)
+    either = a.sum(-1)[..., :, None] + b.sum(-1)[..., None, :] - both
+    return 100 * both / np.maximum(either, 1)
 
 
 def own_overlap(on):
-    """on (n, K, F): overlap of a token's samples, mean over pairs."""
-    pairs = [jaccard(on[:, i], on[:, j]) for i, j in itertools.combinations(range(on.shape[1]), 2)]
-    return np.rint(np.mean(pairs, 0)).astype(int).tolist() if pairs else None
+    """on (n, K, F): between a token's samples, mean over the pairs."""
+    first, second = np.triu_indices(on.shape[1], k=1)
+    if len(first) == 0:
+        return None
+    return rounded(overlaps(on, on)[:, first, second].mean(-1))
 
 
 def near_overlap(on):
-    """on (n, F): overlap with the NEAR next tokens, None past the end of the text."""
-    rows = []
-    for i, mine in enumerate(on):
-        following = jaccard(mine, on[i + 1:i + 1 + NEAR]).tolist()
-        rows.append(following + [None] * (NEAR - len(following)))
+    """on (n, K, F): with each of the NEAR next tokens, mean over pairs of samples."""
+    rows = [[None] * NEAR for _ in on]
+    for d in range(1, min(NEAR + 1, len(on))):
+        for row, value in zip(rows, rounded(overlaps(on[:-d], on[d:]).mean((-1, -2)))):
+            row[d - 1] = value
     return rows
 
 
 def chance_overlap(on):
-    """on (n, F): the overlap of two independent sets, each neuron on with the average share p."""
+    """on (n, K, F): of two independent masks, each neuron on with the average share p."""
     p = on.mean()
     return round(float(100 * p / (2 - p)))
+
+
+def rounded(values):
+    return np.rint(values).astype(int).tolist()
 
 
 def spell(tokenizer, ids):
