@@ -257,8 +257,10 @@ def spell(tokenizer, ids):
         spelled = [tokenizer.decode_bytes([i]) for i in ids]
         return [text.decode("utf-8", errors="backslashreplace") for text in spelled]
     # by what a token adds to the text before it: SentencePiece drops the space of a lone token
-    texts = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
-    return [after[len(before):] or "\ufffd" for before, after in zip(texts, texts[1:])]
+    texts = [tokenizer.decode(ids[:i], clean_up_tokenization_spaces=False)
+             for i in range(len(ids) + 1)]
+    kept = [len(os.path.commonprefix(pair)) for pair in zip(texts, texts[1:])]
+    return [text[n:] for n, text in zip(kept, texts[1:])]
 
 
 # --------------------------------------------------------------------------------------------------
