@@ -259,8 +259,14 @@ def spell(tokenizer, ids):
     # by what a token adds to the text before it: SentencePiece drops the space of a lone token
     texts = [tokenizer.decode(ids[:i], clean_up_tokenization_spaces=False)
              for i in range(len(ids) + 1)]
-    kept = [len(os.path.commonprefix(pair)) for pair in zip(texts, texts[1:])]
-    return [text[n:] for n, text in zip(kept, texts[1:])]
+    return [after[common_prefix(before, after):] for before, after in zip(texts, texts[1:])]
+
+
+def common_prefix(a, b):
+    """How many characters two texts begin with alike; not all of the shorter one where its last
+    character was half a character."""
+    differ = (i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+    return next(differ, min(len(a), len(b)))
 
 
 # --------------------------------------------------------------------------------------------------
