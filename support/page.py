@@ -263,8 +263,7 @@ def spell(tokenizer, ids):
 
 
 def common_prefix(a, b):
-    """How many characters two texts begin with alike; not all of the shorter one where its last
-    character was half a character."""
+    """The number of characters that two texts begin with alike."""
     differ = (i for i, (x, y) in enumerate(zip(a, b)) if x != y)
     return next(differ, min(len(a), len(b)))
 
