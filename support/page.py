@@ -97,7 +97,9 @@ def collect(model: nn.Module, tokenizer, tokens, name: str, **options) -> dict:
     arguments of the forward pass. The model is in evaluation mode meanwhile, and left as it was.
     """
     layers, training = find_layers(model), model.training
-    tokens = torch.as_tensor(tokens, dtype=torch.int64, device=next(model.parameters()).device)
+    if not isinstance(tokens, torch.Tensor):
+        tokens = torch.from_numpy(np.array(tokens, dtype=np.int64))  # a copy: shards are read-only
+    tokens = tokens.to(next(model.parameters()).device, torch.int64)
     if tokens.ndim != 1 or len(tokens) < 2:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)}: one sequence of 2 or more")
     model.eval()

@@ -125,6 +125,14 @@ def test_models_of_transformers(family):
         assert got["ids"] == best
 
 
+@pytest.mark.filterwarnings("error")
+def test_tokens_may_be_a_read_only_array():
+    model, ids = random_model(**OURS["topk"]), text_ids()
+    array = ids.numpy().astype(np.uint16)
+    array.flags.writeable = False
+    assert collect(model, BYTES, array, "x") == collect(model, BYTES, ids, "x")
+
+
 def test_dense_models_and_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="no router"):
         collect(random_model(arch="llama"), BYTES, text_ids(), "dense")
@@ -274,11 +282,11 @@ needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
 
-def browse(path, tmp_path, address=""):
+def browse(path, tmp_path, address="", width=1280):
     """-> the page's elements after its scripts ran, and what the console said."""
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900",
+         "--v=0", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
          "--virtual-time-budget=3000", "--dump-dom", f"file://{path}{address}"],
         capture_output=True, text=True, timeout=240)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -374,6 +382,22 @@ def test_neurons_in_the_browser(tmp_path):
     before = [got["overlap"][0][9 - d][d - 1] for d in range(6, 0, -1)]
     row = [*before, got["own"][0][9], *got["overlap"][0][9]]
     assert [int(v) for v in overlaps[:13]] == row
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 600])
+def test_wide_grids_scroll_and_the_page_does_not(width, tmp_path):
+    write_page(tmp_path / "page.html", [made_up(24, 192, 2), made_up(24, 64, 2)])
+    played = with_script(tmp_path / "page.html", """
+        const box = document.querySelector(".box"), page = document.documentElement;
+        document.title = [page.scrollWidth, innerWidth, box.scrollWidth, box.clientWidth,
+                          box.tabIndex];""")
+    dom, console = browse(played, tmp_path, width=width)
+    assert not console
+    page_is, page_has, box_is, box_has, tab = map(
+        int, re.search("<title>(.*?)</title>", dom)[1].split(","))
+    assert page_is <= page_has == width
+    assert box_is > 1500 > box_has and tab == 0  # and keys can scroll it
 
 
 @needs_chromium
