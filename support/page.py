@@ -45,7 +45,7 @@ from torch import nn
 from support.noise import normal_noise, uniform_noise
 
 NEAR = 6  # neighbours on each side that a token's masks are compared with
-MASK_BITS = 600_000  # of one model: 100 kB in base64
+MODEL_BYTES = 130_000  # of one infmoe model: two fit into a page of 300 kB
 
 
 class Layer(NamedTuple):
@@ -207,7 +207,9 @@ def neurons(layers, outputs):
         mask = next(m for m in layer.experts.masks(codes) if m is not None)  # (n, K, F)
         on = (mask != 0).cpu().numpy().astype(np.float32)
         n, k, width = on.shape
-        room = max(8, MASK_BITS // (len(layers) * n * k))
+        # losses and overlaps take about 33 bytes a token and layer; base64 has 6 bits a byte
+        bits = 6 * (MODEL_BYTES - 33 * len(layers) * n)
+        room = max(8, bits // (len(layers) * n * k))
         shown = np.linspace(0, width - 1, min(width, room)).round().astype(int)
         packed = np.packbits(on[:, :, shown] > 0, axis=-1)
         page["masks"].append(base64.b64encode(packed.tobytes()).decode())

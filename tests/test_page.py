@@ -156,7 +156,7 @@ def unpacked(got, k, n_samples):
 def test_masks_and_overlap(few, monkeypatch):
     """Against sets of neurons, counted one by one."""
     if few:
-        monkeypatch.setattr(page, "MASK_BITS", 4 * 20 * 2 * 16)  # room for 16 neurons
+        monkeypatch.setattr(page, "MODEL_BYTES", 3070)  # room for 16 neurons
     model, ids = random_model(**INFMOE), text_ids()
     got = collect(model, BYTES, ids, "infmoe")
     with torch.no_grad():
@@ -243,14 +243,18 @@ def test_size_and_nothing_from_outside(tmp_path):
     assert "default-src 'none'" in html and html.count("</script>") == 2
 
 
-def test_masks_have_a_budget(monkeypatch):
-    """Whatever the width: 24 layers, 4 samples, 6144 neurons."""
+def test_size_of_two_wide_infinity_moes(tmp_path):
+    """24 layers of 6144 neurons, 4 samples: fewer neurons are shown."""
     class Bank:
         def masks(self, codes):
             return [torch.rand(96, 4, 6144) > 0.75]
 
-    layers = [page.Layer(i, None, Bank()) for i in range(24)]
-    assert len(json.dumps(page.neurons(layers, [None] * 24))) < 200_000
+    rest = {name: made_up(24, 1, 1)[name] for name in ("name", "tokens", "next", "layers", "banks",
+                                                       "loss", "random")}
+    one = rest | page.neurons([page.Layer(i, None, Bank()) for i in range(24)], [None] * 24)
+    write_page(tmp_path / "page.html", [one, one])
+    assert (tmp_path / "page.html").stat().st_size <= 300_000
+    assert len(one["shown"]) > 30
 
 
 def test_models_must_have_read_the_same_text(tmp_path):
