@@ -1,5 +1,8 @@
-"""What the tests of moe.py and model.py share: small configurations, real text, training steps, literal layers, and the table of
-what composes with what."""
+"""What the tests of moe.py and model.py share: small configurations, real text, training steps,
+literal layers, and the table of what composes with what.
+
+New routers, balances, experts and flavours enter FAMILIES and CELLS by moe.py's registries.
+"""
 import argparse
 import difflib
 import itertools
@@ -10,30 +13,54 @@ from pathlib import Path
 
 import torch
 
+import losses
 import moe
 from model import GPT, ModelConfig
 from support.deep import CodeRouter
 
-SMALL = dict(n_layer=2, n_head=2, d_model=16, d_ff=32, block_size=16, vocab_size=257)  # widths that grouped_mm accepts
+# widths that grouped_mm accepts
+SMALL = dict(n_layer=2, n_head=2, d_model=16, d_ff=32, block_size=16, vocab_size=257)
 
-# One configuration per flavour family, with the options that a reader would meet first. Every test of design.md section 5 runs
-# on all of them; CELLS below is the full table.
+# A configuration per family, with the options that a reader would meet first. What every flavour
+# must survive is tested on all of them; CELLS below is the full table.
 FAMILIES = {
     "dense_gpt2": dict(),
     "dense_llama": dict(arch="llama", n_kv_head=1, qk_norm="head"),
     "switch": dict(flavour="switch", n_experts=4, z_coef=1e-3),
-    "topk": dict(flavour="topk", arch="llama", n_layer=3, n_experts=4, specialization_coef=2e-3, coupling_coef=1e-3,
-                 coupling="path"),
+    "topk": dict(flavour="topk", arch="llama", n_layer=3, n_experts=4, specialization_coef=2e-3,
+                 coupling_coef=1e-3, coupling="path"),
     "deepseek": dict(flavour="deepseek", arch="llama", n_experts=4, d_expert=16),
+    "hash": dict(flavour="hash", arch="llama", n_experts=4, top_k=2),
     "unipool": dict(flavour="unipool", arch="llama", n_experts=8),
     "infmoe": dict(flavour="infmoe", infmoe_dz=8, balance="layer", specialization_coef=2e-3),
-    "infmoe_deep": dict(flavour="infmoe", arch="llama", n_kv_head=1, infmoe_dz=8, infmoe_depth=3, infmoe_rate=(0.75, None, 0.5),
-                        infmoe_z="hierarchical", infmoe_mean_from=2, infmoe_components=2, infmoe_hidden=8, pool_groups=1),
+    "infmoe_deep": dict(flavour="infmoe", arch="llama", n_kv_head=1, infmoe_dz=8, infmoe_depth=3,
+                        infmoe_rate=(0.75, None, 0.5), infmoe_z="hierarchical",
+                        infmoe_mean_from=2, infmoe_components=2, infmoe_hidden=8, pool_groups=1),
 }
 
 
 def small(**overrides):
     return ModelConfig(**{**SMALL, **overrides})
+
+
+def cover_the_registries():
+    """A family for every flavour, router, balance and kind of expert that has none above."""
+    configs = [small(**overrides) for overrides in FAMILIES.values()]
+    parts = {"flavour": moe.FLAVOURS, "router": moe.ROUTERS, "balance": losses.BALANCES,
+             "expert": moe.BANKS}
+    for field, registry in parts.items():
+        for name in registry.keys() - {getattr(c, field) for c in configs}:
+            more = dict(flavour="topk", n_experts=4, pool_groups=1)
+            if field == "flavour":
+                more = {}
+            if field == "router" and "layer" not in moe.ROUTERS[name].supports:
+                more["balance"] = "none"
+            if field == "router":
+                more["top_k"] = min(2, moe.ROUTERS[name].max_top_k or 2)
+            FAMILIES[f"{field}={name}"] = {**more, field: name}
+
+
+cover_the_registries()
 
 
 def build(seed=0, std=0.2, **overrides):
@@ -88,7 +115,7 @@ def gradients(model, tokens, targets, **inputs):
 
 def train(model, steps, batch=8, lr=1e-2, first=0):
     """Adam on real text; returns the cross-entropy of every step."""
-    optimizer, losses = torch.optim.Adam(model.parameters(), lr=lr), []
+    optimizer, fell = torch.optim.Adam(model.parameters(), lr=lr), []
     for step in range(first, first + steps):
         tokens, targets = real_text(batch, model.config.block_size, seed=step)
         output = model.train()(tokens, targets, noise_key=torch.arange(batch) + step * batch)
@@ -96,8 +123,8 @@ def train(model, steps, batch=8, lr=1e-2, first=0):
         training_loss(output).backward()
         optimizer.step()
         model.update_balance(output.stats)
-        losses.append(output.loss.item())
-    return losses
+        fell.append(output.loss.item())
+    return fell
 
 
 # ---- the layers of moe.py as loops over tokens, choices and samples
@@ -110,16 +137,17 @@ def literal_activation(h, activation):
     return gate * torch.sigmoid(gate) * up
 
 
-def literal_moe(x, layer, bank):
-    """y = sum_k gate_k W_out act(W_in x) (+ shared experts): token by token, choice by choice."""
-    routing, rows, kept = layer.router(x), [], []
+def literal_moe(x, layer, bank, token_ids=None):
+    """y = sum_k gate_k W_out act(W_in x) (+ always-on experts): token by token, choice by choice."""
+    routing, rows, kept = layer.router(x, None, token_ids), [], []
     for t in range(len(x)):
         y, acts = torch.zeros_like(x[t]), []
         for gate, e in zip(routing.weights[t], routing.ids[t].tolist()):
             acts.append(literal_activation(bank.w_in[e] @ x[t], bank.activation))
             y = y + gate * (bank.w_out[e] @ acts[-1])
         if layer.shared is not None:
-            y = y + layer.shared.w_out.weight @ literal_activation(layer.shared.w_in.weight @ x[t], bank.activation)
+            always = literal_activation(layer.shared.w_in.weight @ x[t], bank.activation)
+            y = y + layer.shared.w_out.weight @ always
         rows, kept = rows + [y], kept + [torch.stack(acts)]
     return torch.stack(rows), torch.stack(kept)
 
@@ -161,49 +189,68 @@ def literal_continuous(x, codes, bank):
     return torch.stack(rows)
 
 
-# ---- the composition table (papers.md, section 4)
+# ---- the table of what composes with what
+
+OWNERSHIPS = {"private": 0, "pool": 1, "pools": 2}
+
 
 def discrete_cells():
-    """Router x ownership x balance, each plain (K = 1) and with every loss (K = 2); architectures, shared experts and the form
-    of the coupling alternate."""
-    cells, ownerships = {}, {"private": 0, "pool": 1, "pools": 2}
-    for (owner, groups), router in itertools.product(ownerships.items(), ("softmax", "sigmoid", "norm")):
-        for balance in ("none", "layer", "bias") + (("pool",) if groups else ()):
-            base = dict(flavour="topk", n_layer=4, n_experts=6, router=router, pool_groups=groups, balance=balance)
-            n = len(cells)
-            arch, name = ("gpt2", "llama")[n // 2 % 2], f"{owner}-{router}-{balance}"
-            cells[f"{name}-plain"] = dict(base, top_k=1, arch=arch, n_shared_experts=n // 4 % 2)
-            cells[f"{name}-losses"] = dict(base, top_k=2, arch=arch, specialization_coef=2e-3, coupling_coef=1e-3, z_coef=1e-3,
-                                           coupling=("mass", "path")[n // 2 % 2], n_shared_experts=n // 4 % 2)
+    """Router x ownership x balance, each plain (K = 1) and with every loss (K = 2), and every other
+    kind of expert by ownership; architectures, always-on experts and coupling's form alternate."""
+    cells = {}
+    for (owner, groups), (router, kind) in itertools.product(OWNERSHIPS.items(),
+                                                             moe.ROUTERS.items()):
+        for balance in ("none", *losses.BALANCES, "bias"):
+            if balance not in {"none", *kind.supports} or (balance == "pool" and not groups):
+                continue
+            n, name = len(cells), f"{owner}-{router}-{balance}"
+            base = dict(flavour="topk", n_layer=4, n_experts=6, router=router, pool_groups=groups,
+                        balance=balance, arch=("gpt2", "llama")[n // 2 % 2],
+                        n_shared_experts=n // 4 % 2)
+            every = dict(specialization_coef=2e-3)
+            if "z" in kind.supports:
+                every["z_coef"] = 1e-3
+            if "coupling" in kind.supports:
+                every |= dict(coupling_coef=1e-3, coupling=("mass", "path")[n // 2 % 2])
+            cells[f"{name}-plain"] = dict(base, top_k=1)
+            if kind.max_top_k != 1:
+                cells[f"{name}-losses"] = dict(base, top_k=2, **every)
+    for (owner, groups), expert in itertools.product(OWNERSHIPS.items(), moe.BANKS.keys() - {"ffn"}):
+        arch = ("gpt2", "llama")[len(cells) % 2]
+        cells[f"{owner}-{expert}"] = dict(flavour="topk", n_layer=4, n_experts=6, expert=expert,
+                                          pool_groups=groups, arch=arch, specialization_coef=2e-3)
     return cells
 
 
-EXTENSIONS = {  # papers.md section 2, by its numbers
+EXTENSIONS = {  # of infinity-MoE
     "plain": dict(),
-    "1-deep": dict(infmoe_depth=2),
-    "1-deep-pre": dict(infmoe_depth=2, infmoe_mask="pre"),
-    "2-shared": dict(infmoe_depth=2, infmoe_z="shared"),
-    "2-hierarchical": dict(infmoe_depth=2, infmoe_z="hierarchical"),
-    "3-pre": dict(infmoe_mask="pre"),
-    "4-rates": dict(infmoe_depth=3, infmoe_rate=(0.75, None, 0.25)),
-    "5-mean-from": dict(infmoe_depth=2, infmoe_mean_from=1),
-    "5-share-mask": dict(infmoe_depth=2, infmoe_share_mask=True),
-    "6-mixture": dict(infmoe_components=3, infmoe_hidden=8),
-    "7-mean": dict(infmoe_mean=True),
-    "8-balance": dict(balance="layer"),
+    "deep": dict(infmoe_depth=2),
+    "deep-pre": dict(infmoe_depth=2, infmoe_mask="pre"),
+    "shared": dict(infmoe_depth=2, infmoe_z="shared"),
+    "hierarchical": dict(infmoe_depth=2, infmoe_z="hierarchical"),
+    "pre": dict(infmoe_mask="pre"),
+    "rates": dict(infmoe_depth=3, infmoe_rate=(0.75, None, 0.25)),
+    "mean-from": dict(infmoe_depth=2, infmoe_mean_from=1),
+    "share-mask": dict(infmoe_depth=2, infmoe_share_mask=True),
+    "mixture": dict(infmoe_components=3, infmoe_hidden=8),
+    "mean": dict(infmoe_mean=True),
+    "balance": dict(balance="layer"),
     "specialization": dict(specialization_coef=2e-3),
 }
 
 
 def continuous_cells():
     cells = {}
-    for (name, extension), (owner, groups) in itertools.product(EXTENSIONS.items(), (("private", 0), ("pool", 1), ("pools", 2))):
+    for (name, more), (owner, groups) in itertools.product(EXTENSIONS.items(), OWNERSHIPS.items()):
         arch = ("gpt2", "llama")[(len(cells) + groups) % 2]
-        cells[f"infmoe-{owner}-{name}"] = dict(flavour="infmoe", n_layer=4, infmoe_dz=8, pool_groups=groups, arch=arch,
-                                               **extension)
+        cells[f"infmoe-{owner}-{name}"] = dict(flavour="infmoe", n_layer=4, infmoe_dz=8,
+                                               pool_groups=groups, arch=arch, **more)
     return cells
 
 
-CELLS = {"dense-gpt2": dict(n_layer=4), "dense-llama": dict(n_layer=4, arch="llama"), **discrete_cells(), **continuous_cells(),
-         "switch-every-second": dict(flavour="switch", n_layer=4, moe_every=2),
-         "infmoe-every-second": dict(flavour="infmoe", n_layer=4, moe_every=2, infmoe_dz=8)}
+CELLS = {
+    "dense-gpt2": dict(n_layer=4), "dense-llama": dict(n_layer=4, arch="llama"),
+    **discrete_cells(), **continuous_cells(),
+    "switch-every-second": dict(flavour="switch", n_layer=4, moe_every=2),
+    "infmoe-every-second": dict(flavour="infmoe", n_layer=4, moe_every=2, infmoe_dz=8),
+}

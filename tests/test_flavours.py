@@ -14,6 +14,8 @@ import torch
 from moe_helpers import CELLS, FAMILIES, TEXT, build, gradients, random_tokens, real_text, small, train
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+import losses
+import model as model_file
 import moe
 from model import GPT
 from support import auxiliary
@@ -28,6 +30,22 @@ def flavours(condition=lambda config: True, **more):
 
 def is_discrete(config):
     return config.flavour not in ("dense", "infmoe")
+
+
+def test_families_cover_every_part():
+    """What a registry holds is tested here, with no list to edit."""
+    configs = [small(**overrides) for overrides in FAMILIES.values()]
+    parts = {"flavour": moe.FLAVOURS, "router": moe.ROUTERS, "balance": [*losses.BALANCES, "bias"],
+             "expert": moe.BANKS}
+    for field, names in parts.items():
+        assert set(names) <= {getattr(c, field) for c in configs}, field
+
+
+def stacked(bank, n_experts):
+    """The weights of a bank that belong to single experts: their first dimension counts experts."""
+    weights = [p for p in bank.parameters() if len(p) == n_experts]
+    assert weights
+    return weights
 
 
 def moe_of(model):
@@ -52,12 +70,13 @@ def poisoned():
 # 1. Idle experts: exact zeros in their gradients, no NaN, no missing gradient.
 
 def send_everybody_to(model, ids):
-    """Every token to the same experts, with the gates that the router gives them."""
+    """Every token to the same experts."""
     for layer, _ in moe_of(model):
         def forward(x, *args, original=layer.router.forward):
             r = original(x, *args)
             chosen = torch.tensor(ids).expand(len(x), -1)
-            return moe.Routing(r.scores.gather(1, chosen), chosen, r.scores, r.logits)
+            gates = 1 + r.scores.gather(1, chosen)  # never 0, and the router has a gradient
+            return moe.Routing(gates, chosen, r.scores, r.logits)
         layer.router.forward = forward
 
 
@@ -71,10 +90,10 @@ def test_all_tokens_on_the_same_experts(overrides, batch, length, poisoned):
     loss, grads = gradients(model, tokens, tokens)
     assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads.values())
     for _, bank in moe_of(model):
-        for weight in (bank.w_in, bank.w_out):
+        for weight in stacked(bank, model.config.n_experts):
             idle = [e for e in range(model.config.n_experts) if e not in busy]
             assert not weight.grad[idle].any()
-            assert model.config.router == "norm" or weight.grad[busy].flatten(1).any(1).all()  # norm: a gate may be 0
+            assert weight.grad[busy].flatten(1).any(1).all()
 
 
 @flavours(is_discrete)
@@ -83,7 +102,8 @@ def test_all_tokens_on_the_same_experts(overrides, batch, length, poisoned):
     (3, 3), (2, 2),         # K = E: none is
 ])
 def test_odd_numbers_of_experts(overrides, n_experts, top_k, poisoned):
-    top_k = top_k or overrides.get("top_k", small(**overrides).top_k)
+    largest = moe.ROUTERS[small(**overrides).router].max_top_k or top_k
+    top_k = min(top_k, largest) if top_k else small(**overrides).top_k
     model, tokens = build(**{**overrides, "n_experts": n_experts, "top_k": top_k}), random_tokens(1, 2)
     loss, grads = gradients(model, tokens, tokens)
     assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads.values())
@@ -92,7 +112,7 @@ def test_odd_numbers_of_experts(overrides, n_experts, top_k, poisoned):
     for bank in {id(b): b for _, b in moe_of(model)}.values():
         mine = {e for (_, b), ids in zip(moe_of(model), used) for e in ids if b is bank}
         idle = [e for e in range(n_experts) if e not in mine]
-        assert not bank.w_in.grad[idle].any() and not bank.w_out.grad[idle].any()
+        assert not any(weight.grad[idle].any() for weight in stacked(bank, n_experts))
     assert output.stats["counts"].sum(-1).tolist() == [2 * top_k] * len(output.routings)
 
 
@@ -215,7 +235,7 @@ def test_balanced_costs_the_constant_and_collapse_costs_more(flavour):
     assert balance() == pytest.approx(2 * 1e-2 * 4, rel=1e-4)
 
 
-@flavours(lambda config: config.coupling_coef > 0)
+@flavours(lambda config: config.coupling_coef > 0 and config.expert == "ffn")
 def test_coupling_and_specialization_of_the_model(overrides):
     """Means over pairs of adjacent layers, and over layers: lambda does not grow with depth."""
     model, tokens = build(**overrides), random_tokens(2, 16)
@@ -317,7 +337,7 @@ def assert_close(a, b, atol=1e-6):
 @flavours()
 def test_micro_batches_equal_one_big_batch(overrides):
     """All losses but balance are means over tokens: z, specialization, coupling included."""
-    if "flavour" in overrides:
+    if small(**overrides).balance in losses.BALANCES:
         overrides = {**overrides, **WITHOUT_BALANCE}
     model, (tokens, targets), keys = build(**overrides).double(), real_text(4, 16), torch.arange(4)
     whole = gradients(model, tokens, targets, noise_key=keys)
@@ -326,19 +346,61 @@ def test_micro_batches_equal_one_big_batch(overrides):
         assert_close(whole, mean_gradients(model, parts))
 
 
-@flavours(lambda config: config.balance in ("layer", "pool") and config.balance_coef > 0)
-def test_balance_losses_of_micro_batches_differ_and_how(overrides, monkeypatch):
-    """f is of one micro-batch (over all ranks): accumulated micro-batches balance each of themselves, which is stricter than
-    balancing the whole. With f of the whole batch in every part, as ranks have it, the mean of the parts is the whole again."""
+def check_balance_of_parts(overrides, monkeypatch):
+    """Micro-steps and ranks: with f of the whole batch in every part, as ranks have it, the mean of
+    the parts' losses and gradients is the whole's. -> loss of the whole, mean loss of parts that
+    each balance themselves."""
     overrides = {**overrides, "balance_coef": 0.5}
     model, (tokens, targets), keys = build(**overrides).double(), real_text(4, 16), torch.arange(4)
     whole, counted = gradients(model, tokens, targets, noise_key=keys), []
-    monkeypatch.setattr(auxiliary, "sum_over_ranks", lambda x: counted.append(x) or x)
     parts = list(zip(tokens.chunk(2), targets.chunk(2), keys.chunk(2)))
+    monkeypatch.setattr(model_file, "sum_over_ranks", lambda x: counted.append(x) or x)
     accumulated = mean_gradients(model, parts)
-    assert (accumulated[0] - whole[0]).abs() > 1e-6
-    monkeypatch.setattr(auxiliary, "sum_over_ranks", lambda x: counted[0] + counted[1])
+    monkeypatch.setattr(model_file, "sum_over_ranks", lambda x: counted[0] + counted[1])
     assert_close(whole, mean_gradients(model, parts))
+    return whole[0], accumulated[0]
+
+
+BALANCED_BY_A_LOSS = flavours(lambda c: c.balance in losses.BALANCES and c.balance_coef > 0)
+
+
+@BALANCED_BY_A_LOSS
+def test_balance_losses_of_micro_batches_differ_and_how(overrides, monkeypatch):
+    """f is of one micro-batch (over all ranks): accumulated micro-batches balance each of
+    themselves, which is stricter than balancing the whole."""
+    whole, accumulated = check_balance_of_parts(overrides, monkeypatch)
+    assert (accumulated - whole).abs() > 1e-6
+
+
+def squares_of_means(scores, counts):
+    """Not linear in the mean scores."""
+    return sum(s.mean(0).square().sum() for s in scores)
+
+
+def counts_of_its_own(scores, counts):
+    """Looks at the tokens of this rank alone."""
+    mine = [losses.expert_counts(s.argmax(-1), s.shape[-1]) for s in scores]
+    return losses.pool_loss(scores, mine)
+
+
+@pytest.mark.parametrize("wrong", [squares_of_means, counts_of_its_own])
+@pytest.mark.parametrize("family, name", [("switch", "layer"), ("unipool", "pool")])
+def test_a_wrong_balance_is_noticed(family, name, wrong, monkeypatch):
+    """The check above, for entries that ranks and micro-steps would compute wrongly."""
+    monkeypatch.setitem(losses.BALANCES, name, wrong)
+    with pytest.raises(AssertionError):
+        check_balance_of_parts(FAMILIES[family], monkeypatch)
+
+
+@BALANCED_BY_A_LOSS
+def test_balance_gradient_reaches_every_router(overrides):
+    model, tokens = build(**overrides), random_tokens(2, 16)
+    loss = model.train()(tokens, tokens).aux["balance"]
+    for layer, _ in moe_of(model):
+        grads = torch.autograd.grad(loss, list(layer.router.parameters()), retain_graph=True,
+                                    allow_unused=True)
+        assert any(g is not None and g.any() for g in grads)
+        assert all(g is None or g.isfinite().all() for g in grads)
 
 
 @flavours(lambda config: config.flavour != "dense")
@@ -430,13 +492,13 @@ def assert_learns(overrides, steps):
     config = dict(overrides, d_model=32, d_ff=64, block_size=32, n_head=4)
     model = build(std=0.05, **config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses = train(model, steps)
-    assert all(torch.tensor(losses).isfinite()) and sum(losses[-4:]) / 4 < losses[0] - 1, losses
+    fell = train(model, steps)
+    assert all(torch.tensor(fell).isfinite()) and sum(fell[-4:]) / 4 < fell[0] - 1, fell
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.isfinite().all(), name
         assert not torch.equal(p, before[name]), name
     evaluation = model.eval()(*real_text(4, 32, seed=10_000)).loss
-    assert evaluation.isfinite() and evaluation < losses[0] - 0.7
+    assert evaluation.isfinite() and evaluation < fell[0] - 0.7
 
 
 def test_real_text_is_real():

@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import re
+from typing import get_args, get_type_hints
 
 import hypothesis
 import pytest
@@ -33,7 +34,7 @@ from torch import nn
 import model as model_file
 import moe
 from model import GPT, ModelConfig, load_checkpoint
-from support import decoding, noise
+from support import decoding, noise, rules
 from support.decoding import sample_token
 
 FIELDS = [f.name for f in dataclasses.fields(ModelConfig)]
@@ -114,6 +115,9 @@ REFUSED = [
     (dict(flavour="moe"), ["flavour='moe'", "unipool"]), (dict(flavour="topk", router="linear"), ["router='linear'", "sigmoid"]),
     (dict(dropout=1.0), ["dropout=1.0"]), (dict(dropout=-0.1), ["dropout=-0.1"]), (dict(init_std=-1.0), ["init_std"]),
     (dict(norm_eps=0.0), ["norm_eps"]), (dict(rope_base=math.inf), ["rope_base"]), (dict(rope_base=0.0), ["rope_base"]),
+    # sizes that no machine builds: refused before anything is
+    (dict(n_layer=100_000), ["n_layer=100000", "10000"]), (dict(MOE, n_experts=10**8), ["n_experts=100000000"]),
+    (dict(INF, infmoe_depth=1000), ["infmoe_depth=1000"]), (dict(d_model=2**41), ["d_model"]),
     # shapes
     (dict(n_head=4, n_kv_head=3, d_model=16), ["n_kv_head=3", "n_head=4"]),
     (dict(n_head=3), ["n_head=3", "d_model=16", "head_dim"]),
@@ -151,7 +155,7 @@ REFUSED = [
     (dict(INF, n_shared_experts=0), ["n_shared_experts"]), (dict(INF, balance_scores="raw"), ["balance_scores"]),
     (dict(INF, balance="bias"), ["balance=bias", "balance=none"]), (dict(INF, balance="pool"), ["balance=pool"]),
     (dict(INF, z_coef=1e-3), ["z_coef"]), (dict(INF, coupling_coef=1e-3), ["coupling_coef"]),
-    (dict(INF, coupling="path"), ["coupling=path"]), (dict(INF, backend="grouped"), ["backend=grouped", "backend=auto"]),
+    (dict(INF, coupling="path"), ["coupling", "flavour=infmoe"]), (dict(INF, backend="grouped"), ["backend=grouped", "backend=auto"]),
     (dict(INF, infmoe_samples=0), ["infmoe_samples=0"]), (dict(INF, infmoe_dz=0), ["infmoe_dz=0"]),
     (dict(INF, infmoe_hidden=-1), ["infmoe_hidden=-1"]), (dict(INF, infmoe_components=0), ["infmoe_components=0"]),
     (dict(INF, infmoe_depth=0), ["infmoe_depth=0"]),
@@ -184,24 +188,51 @@ def test_combinations_without_a_meaning_are_refused(overrides, words):
         assert word in message, message
 
 
+HINTS = get_type_hints(ModelConfig)
 VALUES = dict(  # what Hypothesis may write into each field: sensible values and their edges
-    arch=["gpt2", "llama"], flavour=["dense", "switch", "topk", "deepseek", "unipool", "infmoe"], n_layer=[1, 2, 3, 4, 6],
-    n_head=[1, 2, 4], n_kv_head=[1, 2], d_model=[8, 12, 16], d_ff=[1, 7, 16], head_dim=[1, 2, 4, 8], block_size=[8, 9],
-    vocab_size=[257, 300], dropout=[0, 0.1], bias=[True, False], qk_norm=["none", "head", "full"], norm_eps=[1e-6, 0],
-    tie_embeddings=[True, False], rope_base=[1e4, 100], init_std=[0.02, 0.5, 0],
+    n_layer=[1, 2, 3, 4, 6], n_head=[1, 2, 4], n_kv_head=[1, 2], d_model=[8, 12, 16],
+    d_ff=[1, 7, 16], head_dim=[1, 2, 4, 8], block_size=[8, 9], vocab_size=[257, 300],
+    dropout=[0, 0.1], norm_eps=[1e-6, 0], rope_base=[1e4, 100], init_std=[0.02, 0.5, 0],
     n_experts=[1, 2, 5, 8], top_k=[1, 2, 3, 5], n_shared_experts=[0, 1, 2], d_expert=[1, 6, 8],
-    router=["softmax", "sigmoid", "norm"], norm_topk_prob=[True, False], balance=["none", "layer", "pool", "bias"],
-    balance_coef=[0, 1e-2], balance_scores=["raw", "normalised"], z_coef=[0.0, 1e-3], pool_groups=[0, 1, 2, 3],
-    moe_every=[1, 2, 3], specialization_coef=[0, 2e-3], coupling_coef=[0, 1e-3], coupling=["mass", "path"],
-    infmoe_samples=[1, 2, 3], infmoe_rate=[0.25, 1, 1e-9, (0.5, None), (0.75, 0.25), (None, 0.5, 0.5)], infmoe_dz=[1, 3, 8],
-    infmoe_mask=["post", "pre"], infmoe_depth=[1, 2, 3], infmoe_z=["independent", "shared", "hierarchical"],
-    infmoe_components=[1, 2], infmoe_mean=[True, False], infmoe_mean_from=[0, 1, 2], infmoe_share_mask=[True, False],
-    infmoe_hidden=[0, 5], backend=["auto", "loop", "grouped"])
+    balance_coef=[0, 1e-2], z_coef=[0.0, 1e-3], pool_groups=[0, 1, 2, 3], moe_every=[1, 2, 3],
+    specialization_coef=[0, 2e-3], coupling_coef=[0, 1e-3],
+    infmoe_samples=[1, 2, 3], infmoe_dz=[1, 3, 8], infmoe_depth=[1, 2, 3],
+    infmoe_rate=[0.25, 1, 1e-9, (0.5, None), (0.75, 0.25), (None, 0.5, 0.5)],
+    infmoe_components=[1, 2], infmoe_mean_from=[0, 1, 2], infmoe_hidden=[0, 5],
+    backend=["auto", "loop", "grouped"])
+for name, hint in HINTS.items():  # the other fields: all they may be
+    kinds = [k for k in get_args(hint) or (hint,) if k is not type(None)]
+    words = get_args(kinds[0]) or kinds  # of a Literal, or of Literal | None
+    words = kinds if isinstance(kinds[0], str) else words
+    VALUES.setdefault(name, [True, False] if kinds == [bool] else list(words))
 ODD = [None, 0, -1, 1000, -0.5, math.nan, math.inf, "yes", "", True, (), (0.5, "x"), [0.5]]
 
 
 def test_every_field_is_drawn():
-    assert list(VALUES) == FIELDS
+    assert VALUES.keys() == set(FIELDS)
+    assert all(type(v) is not type for values in VALUES.values() for v in values)
+    assert set(moe.ROUTERS) == set(VALUES["router"]) and set(moe.FLAVOURS) == set(VALUES["flavour"])
+
+
+class Limited(moe.SoftmaxRouter):
+    """A router whose scores serve a layer's balance loss and nothing else, one expert a token."""
+    max_top_k, supports = 1, frozenset({"layer"})
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (dict(balance="bias"), ["balance=bias"]), (dict(balance="pool", pool_groups=1), ["balance=pool"]),
+    (dict(z_coef=1e-3), ["z_coef=0.001"]), (dict(coupling_coef=1e-3), ["coupling_coef=0.001"]),
+    (dict(z_coef=1e-3, balance="bias"), ["z_coef", "balance=bias"]), (dict(top_k=2), ["at most 1", "top_k=2"]),
+], ids=str)
+def test_a_router_is_refused_what_its_class_does_not_support(overrides, words, monkeypatch):
+    monkeypatch.setitem(moe.ROUTERS, "softmax", Limited)
+    plain = dict(flavour="switch", balance="layer")
+    assert small(**plain).router == "softmax"
+    with pytest.raises(ValueError, match="router=softmax") as caught:
+        small(**{**plain, **overrides})
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    monkeypatch.undo()
+    small(**{**plain, **overrides})  # the class that supports it all
 
 
 @st.composite
@@ -209,7 +240,8 @@ def configurations(draw):
     """A flavour and a few fields, mostly those that belong to it; one in ten has a field of any value and type."""
     flavour = draw(st.sampled_from([*VALUES["flavour"], "infmoe"]))
     config = {"n_layer": 2, "n_head": 2, "d_model": 16, "block_size": 8, "flavour": flavour}
-    shape, experts = FIELDS[:17], [f for f in FIELDS[17:] if f.startswith("infmoe_") == (flavour == "infmoe")]
+    shape = list(rules.OF_THE_BACKBONE)
+    experts = [f for f in FIELDS if f not in shape and f.startswith("infmoe_") == (flavour == "infmoe")]
     likely = shape if flavour == "dense" else shape + 3 * experts
     for name in draw(st.lists(st.sampled_from(2 * likely + FIELDS), max_size=7, unique=True)):
         config[name] = draw(st.sampled_from(VALUES[name]))
@@ -229,8 +261,9 @@ def trains_a_step_or_is_refused(overrides):
     hypothesis.assume(config.vocab_size < 5000 and config.n_params() < 10**7)  # 1000 layers are right, and slow
     torch.manual_seed(0)
     model = GPT(config)
-    assert sum(p.numel() for p in model.parameters()) == config.n_params() == stored(config)
-    assert config.n_active_params() == active(config)
+    assert sum(p.numel() for p in model.parameters()) == config.n_params()
+    if has_closed_form(config):
+        assert (config.n_params(), config.n_active_params()) == (stored(config), active(config))
     tokens = random_tokens(2, config.block_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss, grads = gradients(model, tokens, tokens, noise_key=torch.tensor([1, 2]))
@@ -262,6 +295,11 @@ def test_many_random_configurations_train_a_step_or_are_refused(overrides):
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Parameter counts: closed forms, written without looking at any module.
 
+def has_closed_form(c):
+    """Parts that were added later are counted by their modules alone."""
+    return c.expert in (None, "ffn") and c.router in (None, "softmax", "sigmoid", "norm", "hash")
+
+
 def parts(c):
     """Stored parameters of one configuration: (everything but the experts, one bank, how many banks)."""
     d, heads, bias = c.d_model, c.n_head + 2 * c.n_kv_head, int(c.bias)
@@ -277,7 +315,7 @@ def parts(c):
         return total, 0, 0
     banks = c.pool_groups or n_moe
     if c.flavour != "infmoe":
-        router = c.n_experts * d + (1 if c.router == "norm" else 0)
+        router = {"norm": c.n_experts * d + 1, "hash": 0}.get(c.router, c.n_experts * d)
         shared = ffn(c.n_shared_experts * c.d_expert, 0)
         return total + n_moe * (router + shared), c.n_experts * ffn(c.d_expert, 0), banks
     rates = c.infmoe_rate if isinstance(c.infmoe_rate, tuple) else (c.infmoe_rate,) * c.infmoe_depth
@@ -326,8 +364,10 @@ def active(c):
 def test_counts_are_the_closed_forms_and_the_modules(name):
     config = small(**{**CELLS, **FAMILIES}[name])
     model = GPT(config)
-    assert config.n_params() == stored(config) == sum(p.numel() for p in model.parameters())
-    assert config.n_active_params() == active(config)
+    assert config.n_params() == sum(p.numel() for p in model.parameters())
+    assert config.n_active_params() <= config.n_params() or config.pool_groups  # counted per use
+    if has_closed_form(config):
+        assert (config.n_params(), config.n_active_params()) == (stored(config), active(config))
     assert model.config is config
 
 
@@ -409,7 +449,7 @@ def literal_attention(xs, layer, c):
     return out
 
 
-def literal_ffn(xs, model, i, keys):
+def literal_ffn(xs, model, i, keys, tokens):
     """The i-th block's FFN on all positions of one sequence; a pool is found by its definition: G groups of adjacent layers."""
     c, layer, stacked = model.config, model.blocks[i].ffn, torch.stack(xs)
     if isinstance(layer, moe.FFN):
@@ -418,7 +458,7 @@ def literal_ffn(xs, model, i, keys):
     place, n_moe = c.moe_layers().index(i), len(c.moe_layers())
     bank = model.pools[place // (n_moe // c.pool_groups)] if c.pool_groups else layer.bank
     if c.flavour != "infmoe":
-        return list(literal_moe(stacked, layer, bank)[0])
+        return list(literal_moe(stacked, layer, bank, tokens)[0])
     return list(literal_continuous(stacked, layer.router(stacked, keys), bank))
 
 
@@ -429,7 +469,7 @@ def literal_gpt(model, tokens, noise_key=0):
     for i, block in enumerate(model.blocks):
         attended = literal_attention([literal_norm(x, block.norm1, c.norm_eps) for x in xs], block.attention, c)
         xs = [x + a for x, a in zip(xs, attended)]
-        fed = literal_ffn([literal_norm(x, block.norm2, c.norm_eps) for x in xs], model, i, keys)
+        fed = literal_ffn([literal_norm(x, block.norm2, c.norm_eps) for x in xs], model, i, keys, tokens)
         xs = [x + f for x, f in zip(xs, fed)]
     return torch.stack([model.head.weight @ literal_norm(x, model.norm, c.norm_eps) for x in xs])
 
@@ -441,6 +481,7 @@ def literal_gpt(model, tokens, noise_key=0):
     dict(arch="llama", n_head=3, n_kv_head=1, head_dim=6),                                           # head_dim * n_head != D
     dict(flavour="topk", n_layer=4, moe_every=2, arch="llama"),
     dict(flavour="deepseek", n_shared_experts=2, d_expert=5, arch="llama"),
+    dict(flavour="hash", top_k=3, n_experts=5), dict(flavour="hash", pool_groups=1, arch="llama"),
     dict(flavour="unipool", n_layer=4, pool_groups=2), dict(flavour="unipool", n_layer=6, pool_groups=3, top_k=2, arch="llama"),
     dict(flavour="unipool", n_layer=4, pool_groups=4), dict(flavour="unipool", n_layer=4, moe_every=2, pool_groups=2),
     dict(flavour="infmoe", infmoe_dz=4), dict(flavour="infmoe", infmoe_dz=4, n_layer=4, pool_groups=2, arch="llama"),
@@ -760,6 +801,21 @@ def test_infmoe_statistics_of_a_long_batch_are_of_at_most_256_tokens():
     tokens = random_tokens(9, 64)  # 576 tokens: every third
     assert model(tokens, tokens).stats["tokens"].item() == 192
     assert build(flavour="infmoe", block_size=64, balance="layer").train()(tokens, tokens).stats["tokens"].item() == 576
+
+
+def test_infmoe_statistics_meet_other_positions_in_every_sequence(monkeypatch):
+    """At block_size 1024 an even stride would ask the same few positions of all sequences."""
+    model, met, every_nth = build(flavour="infmoe", n_layer=1, block_size=1024).train(), [], model_file.every_nth
+
+    def spy(codes, step):
+        index = torch.arange(codes[0].mu.shape[0])
+        met.append(every_nth([moe.Codes(index, index, index)], step)[0].mu)
+        return every_nth(codes, step)
+    monkeypatch.setattr(model_file, "every_nth", spy)
+    for batch in (2, 4):
+        tokens = random_tokens(batch, 1024)
+        model(tokens, tokens)
+        assert len(met[-1]) > 200 and (met[-1] % 1024).unique().numel() == len(met[-1])
 
 
 def test_set_samples():

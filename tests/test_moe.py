@@ -38,17 +38,66 @@ def make(module, std=0.7):
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Discrete routers: for every token, the formula in plain Python.
 
-def literal_scores(kind, router, logits):
-    if kind == "softmax":
-        total = sum(math.exp(z) for z in logits)
-        return [math.exp(z) / total for z in logits]
-    if kind == "sigmoid":
-        return [1 / (1 + math.exp(-z)) for z in logits]
-    norm = math.sqrt(sum(z * z for z in logits))
-    return [router.sigma.item() * router.c * max(0.0, z / (norm + 1e-8)) for z in logits]
+def softmax(logits, router):
+    total = sum(math.exp(z) for z in logits)
+    return [math.exp(z) / total for z in logits]
+
+
+def sigmoid(logits, router):
+    return [1 / (1 + math.exp(-z)) for z in logits]
+
+
+def norm(logits, router):
+    length = math.sqrt(sum(z * z for z in logits))
+    return [router.sigma.item() * router.c * max(0.0, z / (length + 1e-8)) for z in logits]
+
+
+LITERAL_SCORES = {"softmax": softmax, "sigmoid": sigmoid, "norm": norm}
 
 
 @pytest.mark.parametrize("kind", moe.ROUTERS)
+@pytest.mark.parametrize("top_k", [1, 2, E])
+def test_every_router_gives_a_routing(kind, top_k):
+    """Whatever its formula: shapes, distinct ids in range, finite gates and gradients, float32 for
+    bfloat16 inputs, and the same answer for a token whoever is beside it."""
+    if (moe.ROUTERS[kind].max_top_k or E) < top_k:
+        return
+    router, x, token_ids = make(moe.ROUTERS[kind](D, E, top_k)), normal(T, D), torch.arange(T) * 37
+    routing = router(x.requires_grad_(), None, token_ids)
+    assert routing.ids.shape == routing.weights.shape == (T, top_k) and routing.ids.dtype == torch.int64
+    assert routing.scores.shape == routing.logits.shape == (T, E)
+    assert all(part.isfinite().all() for part in routing)
+    assert all(len(set(row)) == top_k and set(row) <= set(range(E)) for row in routing.ids.tolist())
+    alone = router(x[2:3], None, token_ids[2:3])
+    assert torch.equal(alone.ids[0], routing.ids[2])
+    assert torch.allclose(alone.weights[0], routing.weights[2], atol=1e-12)
+    if routing.weights.requires_grad:
+        grads = torch.autograd.grad((routing.weights * normal(T, top_k, seed=3)).sum(), [x, *router.parameters()])
+        assert all(g.isfinite().all() for g in grads) and (grads[1].any() or top_k == E)
+    else:
+        assert not list(router.parameters())
+    half = router.float()(x.detach().bfloat16(), None, token_ids)
+    assert half.weights.dtype == half.scores.dtype == half.logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("top_k", [1, 3, E])
+def test_hash_router_is_the_formula(top_k):
+    """Expert hash(token) mod E and those after it, each at 1/K; the input vector plays no role."""
+    router, tokens = moe.HashRouter(D, E, top_k), torch.tensor([0, 1, 256, 50256, 1])
+    routing = router(normal(5, D), None, tokens)
+    for t, token in enumerate(tokens.tolist()):
+        ids = [(noise.hash32(token) + k) % E for k in range(top_k)]
+        assert routing.ids[t].tolist() == ids
+        assert routing.weights[t].tolist() == pytest.approx([1 / top_k] * top_k)
+        expected = [1 / top_k if e in ids else 0 for e in range(E)]
+        assert routing.scores[t].tolist() == pytest.approx(expected)
+    assert not list(router.parameters()) and not router.state_dict()
+    assert torch.equal(router(normal(5, D, seed=2), None, tokens).ids, routing.ids)
+    load = losses.expert_counts(router(normal(50_000, 1), None, torch.arange(50_000)).ids, E)
+    assert losses.max_share(load) < 1.05  # a hash spreads the vocabulary evenly
+
+
+@pytest.mark.parametrize("kind", LITERAL_SCORES)
 @pytest.mark.parametrize("top_k, normalised, biased", [
     (1, False, False),  # Switch: the raw probability is the gate
     (K, False, False),  # OLMoE, UniPool: raw scores at every K
@@ -66,7 +115,7 @@ def test_router_is_the_formula(kind, top_k, normalised, biased):
     assert routing.weights.shape == routing.ids.shape == (T, top_k) and routing.ids.dtype == torch.int64
     for t in range(T):
         logits = [sum(router.weight[e, d].item() * x[t, d].item() for d in range(D)) for e in range(E)]
-        scores = literal_scores(kind, router, logits)
+        scores = LITERAL_SCORES[kind](logits, router)
         choice = [s + (router.bias[e].item() if biased else 0) for e, s in enumerate(scores)]
         ids = sorted(range(E), key=lambda e: -choice[e])[:top_k]
         chosen = routing.ids[t].tolist()
@@ -80,7 +129,7 @@ def test_router_is_the_formula(kind, top_k, normalised, biased):
         assert routing.weights[t].tolist() == pytest.approx(gates, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", moe.ROUTERS)
+@pytest.mark.parametrize("kind", LITERAL_SCORES)
 @pytest.mark.parametrize("normalised", [False, True])
 def test_router_gradients_are_finite_differences(kind, normalised):
     router, x = make(moe.ROUTERS[kind](D, E, 2, normalised)), normal(T, D).requires_grad_()
@@ -180,7 +229,7 @@ def test_selection_bias_moves_against_the_load():
     assert moe.SigmoidRouter(D, 4, 2).bias is None
 
 
-@pytest.mark.parametrize("kind", moe.ROUTERS)
+@pytest.mark.parametrize("kind", LITERAL_SCORES)
 @pytest.mark.parametrize("top_k", [0, 5, -1])
 def test_router_refuses_impossible_top_k(kind, top_k):
     with pytest.raises(ValueError, match=rf"top_k={top_k} .*n_experts=4"):
@@ -298,6 +347,31 @@ def test_pool_is_an_argument_and_equals_a_private_bank():
     pooled = moe.MoE(router)
     assert torch.equal(pooled(x, pool=bank)[0], moe.MoE(router, bank)(x)[0])
     assert set(pooled.state_dict()) == {"router.weight", "router.sigma"}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("kind", moe.BANKS)
+def test_every_bank_is_a_sum_over_the_chosen_experts(kind, activation):
+    """Whatever an expert is: the output is linear in the gates, a token's output depends on no
+    other token, gates and activations carry finite gradients, an expert that nobody chose has
+    zeros, and what a token uses is no more than what is stored."""
+    bank, x = make(moe.BANKS[kind](D, WIDTH, E, activation)), normal(T, D).requires_grad_()
+    ids, weights = torch.tensor([[0, 4], [4, 2]]).repeat(4, 1)[:T], normal(T, 2).requires_grad_()
+    apply = lambda x, w, ids, keep=False: bank(x, moe.Routing(w, ids, None, None), keep)
+    y, acts = apply(x, weights, ids, True)
+    assert y.shape == (T, D) and acts.shape[:2] == (T, 2)
+    assert torch.allclose(apply(x, weights, ids)[0], y, atol=1e-12) and apply(x, weights, ids)[1] is None
+    singles = sum(apply(x, weights[:, k:k + 1], ids[:, k:k + 1])[0] for k in range(2))
+    assert torch.allclose(singles, y, atol=1e-12)
+    assert torch.allclose(apply(x, 3 * weights, ids)[0], 3 * y, atol=1e-12)
+    assert torch.allclose(apply(x[3:4], weights[3:4], ids[3:4])[0], y[3:4], atol=1e-12)
+    assert torch.allclose(apply(x, weights.flip(1), ids.flip(1))[0], y, atol=1e-12)
+    grads = torch.autograd.grad(y.square().sum() + acts.square().sum(), [x, weights, *bank.parameters()])
+    assert all(g.isfinite().all() and g.any() for g in grads)
+    stacked = [(p, g) for p, g in zip(bank.parameters(), grads[2:]) if len(p) == E]
+    assert stacked and not any(g[[1, 3, 5]].any() for _, g in stacked)
+    stored = sum(p.numel() for p in bank.parameters())
+    assert 0 < bank.n_active(1) < bank.n_active(2) <= bank.n_active(E) == stored
 
 
 def test_shared_experts_are_the_sum_of_single_ones():
@@ -573,6 +647,22 @@ def test_code_router_hierarchical():
             assert torch.allclose(codes[i].z[t, k], mu + (logvar / 2).exp() * eps[t, k], atol=1e-12)
 
 
+def test_code_router_hierarchical_learns_through_the_previous_code():
+    """Coarse to fine is one chain: the last code's gradient runs through all codes before it."""
+    router, x, keys = codes_of("hierarchical")
+    last, literal = router(x, keys)[2].z, None
+    for density in router.densities.values():
+        eps = noise.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).view(T, SAMPLES, DZ).double()
+        wide = x[:, None].expand(T, SAMPLES, D)
+        given = wide if literal is None else torch.cat((wide, literal), -1)
+        literal = density.mu(given) + (density.logvar(given).clamp(-10, 4) / 2).exp() * eps
+    assert torch.allclose(last, literal, atol=1e-12)
+    direction, parameters = normal(T, SAMPLES, DZ, seed=6), list(router.parameters())
+    grads = [torch.autograd.grad((z * direction).sum(), parameters, allow_unused=True) for z in (last, literal)]
+    for name, ours, expected in zip(dict(router.named_parameters()), *grads):
+        assert ours is not None and expected.any() and torch.allclose(ours, expected, atol=1e-10), name
+
+
 @pytest.mark.parametrize("z", ["independent", "shared", "hierarchical"])
 def test_code_router_dense_and_mean_layers(z):
     router, x, keys = codes_of(z, rates=(None, 0.5, None, 0.25), mean_from=3)
@@ -780,16 +870,22 @@ def test_norm_router_balance_constant():
         assert normalised == pytest.approx(1, rel=0.01)  # tokens without a positive logit add nothing
 
 
-@pytest.mark.parametrize("kind", moe.ROUTERS)
+def routers_that_support(*parts):
+    names = [name for name, kind in moe.ROUTERS.items() if kind.supports >= set(parts)]
+    assert set(names) >= set(LITERAL_SCORES)
+    return pytest.mark.parametrize("kind", names)
+
+
+@routers_that_support("pool", "z")
 def test_balance_gradient_reaches_every_router_and_no_expert(kind):
     routers = [make(moe.ROUTERS[kind](D, E, 2)) for _ in range(3)]
     pool, x = make(moe.ExpertBank(D, WIDTH, E, "gelu")), normal(T, D)
     routings = []
     for router in routers:
         routings.append(moe.MoE(router)(x, pool=pool)[1])
-    losses = {"pool": moe.pool_loss([r.scores for r in routings], [losses.expert_counts(r.ids, E) for r in routings]),
+    terms = {"pool": moe.pool_loss([r.scores for r in routings], [losses.expert_counts(r.ids, E) for r in routings]),
               "z": sum(moe.z_loss(r.logits) for r in routings)}
-    for name, loss in losses.items():
+    for name, loss in terms.items():
         grads = torch.autograd.grad(loss, [r.weight for r in routers] + list(pool.parameters()), allow_unused=True,
                                     retain_graph=True)
         assert all(g is not None and g.isfinite().all() and g.any() for g in grads[:3]), name
@@ -859,7 +955,7 @@ def literal_coupling(s, ids, n, next_ids, paths):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("kind", moe.ROUTERS)
+@routers_that_support("coupling")
 def test_coupling_is_the_literal_loop(kind, weighted):
     routers = [make(moe.ROUTERS[kind](D, E, k)) for k in (2, 2)]
     x = normal(T, D)
