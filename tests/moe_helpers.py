@@ -64,7 +64,8 @@ cover_the_registries()
 
 
 def build(seed=0, std=0.2, **overrides):
-    """A small model whose weights are large enough that routing differs between tokens and errors show."""
+    """A small model whose weights are large enough that routing differs between tokens and errors
+    show."""
     torch.manual_seed(seed)
     return GPT(small(**{"init_std": std, **overrides}))
 
@@ -91,12 +92,15 @@ def random_tokens(batch, length, vocab_size=257, seed=0):
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-TEXT = torch.tensor(list(b"\n".join(Path(m.__file__).read_bytes() for m in (argparse, textwrap, difflib, json))))
+TEXT = torch.tensor(list(b"\n".join(Path(m.__file__).read_bytes()
+                                    for m in (argparse, textwrap, difflib, json))))
 
 
 def real_text(batch, length, seed=0):
-    """tokens, targets (B, S): windows of the running interpreter's own standard library, as bytes."""
-    starts = torch.randint(len(TEXT) - length, (batch, 1), generator=torch.Generator().manual_seed(seed))
+    """tokens, targets (B, S): windows of the running interpreter's own standard library, as
+    bytes."""
+    starts = torch.randint(len(TEXT) - length, (batch, 1),
+                           generator=torch.Generator().manual_seed(seed))
     windows = TEXT[starts + torch.arange(length + 1)]  # (B, S+1)
     return windows[:, :-1], windows[:, 1:]
 
@@ -138,7 +142,8 @@ def literal_activation(h, activation):
 
 
 def literal_moe(x, layer, bank, token_ids=None):
-    """y = sum_k gate_k W_out act(W_in x) (+ always-on experts): token by token, choice by choice."""
+    """y = sum_k gate_k W_out act(W_in x) (+ always-on experts): token by token, choice by
+    choice."""
     routing, rows, kept = layer.router(x, None, token_ids), [], []
     for t in range(len(x)):
         y, acts = torch.zeros_like(x[t]), []
@@ -215,7 +220,8 @@ def discrete_cells():
             cells[f"{name}-plain"] = dict(base, top_k=1)
             if kind.max_top_k != 1:
                 cells[f"{name}-losses"] = dict(base, top_k=2, **every)
-    for (owner, groups), expert in itertools.product(OWNERSHIPS.items(), moe.BANKS.keys() - {"ffn"}):
+    for (owner, groups), expert in itertools.product(OWNERSHIPS.items(),
+                                                     moe.BANKS.keys() - {"ffn"}):
         arch = ("gpt2", "llama")[len(cells) % 2]
         cells[f"{owner}-{expert}"] = dict(flavour="topk", n_layer=4, n_experts=6, expert=expert,
                                           pool_groups=groups, arch=arch, specialization_coef=2e-3)

@@ -1,4 +1,5 @@
-"""moe.py against literal formulas: loops in float64 that a reader can check line by line; transformers where it has the model.
+"""moe.py and losses.py against literal formulas: loops in float64 that a reader can check line by
+line; transformers where it has the model.
 
   1. discrete routers          4. infinity-MoE: noise            7. losses
   2. NormRouter's constant     5. infinity-MoE: routers          8. diagnostics
@@ -10,7 +11,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_helpers import code_router, initialise, literal_activation, literal_continuous, literal_mask, literal_moe
+from moe_helpers import (
+    code_router,
+    initialise,
+    literal_activation,
+    literal_continuous,
+    literal_mask,
+    literal_moe,
+)
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -19,7 +27,11 @@ import losses
 import moe
 from support import noise
 
-T, D, E, K, WIDTH = 7, 5, 6, 3, 4  # tokens, model width, experts, choices, expert width: all different, none aligned
+T = 7
+D = 5
+E = 6
+K = 3
+WIDTH = 4  # tokens, model width, experts, choices, expert width: all different, none aligned
 
 
 def normal(*shape, seed=1, dtype=torch.float64):
@@ -29,13 +41,14 @@ def normal(*shape, seed=1, dtype=torch.float64):
 def make(module, std=0.7):
     """A module in float64 with weights large enough that nothing is nearly zero."""
     initialise(module, std, std)
-    for p in module.parameters():  # also biases, logvar, sigma: a zero or a one hides a missing term
+    # also biases, logvar, sigma: a zero or a one hides a missing term
+    for p in module.parameters():
         if p.ndim == 1 or not p.any():
             nn.init.normal_(p, mean=0.3, std=0.3)
     return module.double()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Discrete routers: for every token, the formula in plain Python.
 
 def softmax(logits, router):
@@ -64,7 +77,8 @@ def test_every_router_gives_a_routing(kind, top_k):
         return
     router, x, token_ids = make(moe.ROUTERS[kind](D, E, top_k)), normal(T, D), torch.arange(T) * 37
     routing = router(x.requires_grad_(), None, token_ids)
-    assert routing.ids.shape == routing.weights.shape == (T, top_k) and routing.ids.dtype == torch.int64
+    assert routing.ids.shape == routing.weights.shape == (T, top_k)
+    assert routing.ids.dtype == torch.int64
     assert routing.scores.shape == routing.logits.shape == (T, E)
     assert all(part.isfinite().all() for part in routing)
     assert all(len(set(row)) == top_k and set(row) <= set(range(E)) for row in routing.ids.tolist())
@@ -72,7 +86,8 @@ def test_every_router_gives_a_routing(kind, top_k):
     assert torch.equal(alone.ids[0], routing.ids[2])
     assert torch.allclose(alone.weights[0], routing.weights[2], atol=1e-12)
     if routing.weights.requires_grad:
-        grads = torch.autograd.grad((routing.weights * normal(T, top_k, seed=3)).sum(), [x, *router.parameters()])
+        grads = torch.autograd.grad((routing.weights * normal(T, top_k, seed=3)).sum(),
+                                    [x, *router.parameters()])
         assert all(g.isfinite().all() for g in grads) and (grads[1].any() or top_k == E)
     else:
         assert not list(router.parameters())
@@ -112,14 +127,17 @@ def test_router_is_the_formula(kind, top_k, normalised, biased):
         router.bias.copy_(normal(E, seed=2))
     x = normal(T, D)
     routing = router(x)
-    assert routing.weights.shape == routing.ids.shape == (T, top_k) and routing.ids.dtype == torch.int64
+    assert routing.weights.shape == routing.ids.shape == (T, top_k)
+    assert routing.ids.dtype == torch.int64
     for t in range(T):
-        logits = [sum(router.weight[e, d].item() * x[t, d].item() for d in range(D)) for e in range(E)]
+        logits = [sum(router.weight[e, d].item() * x[t, d].item() for d in range(D))
+                  for e in range(E)]
         scores = LITERAL_SCORES[kind](logits, router)
         choice = [s + (router.bias[e].item() if biased else 0) for e, s in enumerate(scores)]
         ids = sorted(range(E), key=lambda e: -choice[e])[:top_k]
         chosen = routing.ids[t].tolist()
-        assert [choice[e] for e in chosen] == pytest.approx([choice[e] for e in ids], abs=1e-12)  # ids may differ among equals
+        # ids may differ among equals
+        assert [choice[e] for e in chosen] == pytest.approx([choice[e] for e in ids], abs=1e-12)
         assert len(set(chosen)) == top_k
         gates = [scores[e] for e in chosen]
         if normalised:
@@ -142,14 +160,17 @@ def test_router_gradients_are_finite_differences(kind, normalised):
 
 
 @pytest.mark.parametrize("name, top_k, n_experts", [
-    ("mixtral", 2, 6), ("olmoe", 3, 6), ("olmoe_renormalised", 3, 6), ("qwen3_moe", 2, 5), ("deepseek_v3", 3, 8),
+    ("mixtral", 2, 6), ("olmoe", 3, 6), ("olmoe_renormalised", 3, 6), ("qwen3_moe", 2, 5),
+    ("deepseek_v3", 3, 8),
     ("mixtral", 1, 6),  # transformers renormalises one gate to 1; we do not, and the test says so
 ])
 def test_router_and_experts_equal_transformers(name, top_k, n_experts):
-    """The same random weights in both: logits, gates, chosen experts, the layer's output and its gradient in x."""
+    """The same random weights in both: logits, gates, chosen experts, the layer's output and its
+    gradient in x."""
     block = transformers_block(name, top_k, n_experts)
     router_class = moe.SigmoidRouter if name == "deepseek_v3" else moe.SoftmaxRouter
-    router = router_class(16, n_experts, top_k, name != "olmoe" and top_k > 1, selection_bias=name == "deepseek_v3")
+    router = router_class(16, n_experts, top_k, name != "olmoe" and top_k > 1,
+                          selection_bias=name == "deepseek_v3")
     bank, shared = moe.ExpertBank(16, 12, n_experts, "swiglu"), None
     with torch.no_grad():
         for p in block.parameters():
@@ -168,7 +189,8 @@ def test_router_and_experts_equal_transformers(name, top_k, n_experts):
     logits, gates, ids = block.gate(x)
     routing = router(x[0])
     assert torch.allclose(routing.logits, logits.view(33, -1), atol=1e-5)
-    order, our_order = ids.argsort(-1), routing.ids.argsort(-1)  # transformers leaves DeepSeek's choice unsorted
+    order = ids.argsort(-1)
+    our_order = routing.ids.argsort(-1)  # transformers leaves DeepSeek's choice unsorted
     assert torch.equal(routing.ids.gather(1, our_order), ids.gather(1, order))
     if top_k == 1:
         assert torch.equal(gates, torch.ones_like(gates))
@@ -185,27 +207,33 @@ def test_router_and_experts_equal_transformers(name, top_k, n_experts):
 
 def transformers_block(name, top_k, n_experts):
     pytest.importorskip("transformers")
-    common = dict(hidden_size=16, num_experts_per_tok=top_k, num_hidden_layers=1, num_attention_heads=2)
+    common = dict(hidden_size=16, num_experts_per_tok=top_k, num_hidden_layers=1,
+                  num_attention_heads=2)
     if name == "mixtral":
         from transformers.models.mixtral import modeling_mixtral as m
         config = m.MixtralConfig(intermediate_size=12, num_local_experts=n_experts, **common)
         return m.MixtralSparseMoeBlock(config)
     if name.startswith("olmoe"):
         from transformers.models.olmoe import modeling_olmoe as m
-        config = m.OlmoeConfig(intermediate_size=12, num_experts=n_experts, norm_topk_prob=name != "olmoe", **common)
+        config = m.OlmoeConfig(intermediate_size=12, num_experts=n_experts,
+                               norm_topk_prob=name != "olmoe", **common)
         return m.OlmoeSparseMoeBlock(config)
     if name == "qwen3_moe":
         from transformers.models.qwen3_moe import modeling_qwen3_moe as m
-        config = m.Qwen3MoeConfig(moe_intermediate_size=12, num_experts=n_experts, norm_topk_prob=True, **common)
+        config = m.Qwen3MoeConfig(moe_intermediate_size=12, num_experts=n_experts,
+                                  norm_topk_prob=True, **common)
         return m.Qwen3MoeSparseMoeBlock(config)
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as m
-    config = m.DeepseekV3Config(moe_intermediate_size=12, n_routed_experts=n_experts, n_shared_experts=2, n_group=1,
-                                topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, **common)
+    config = m.DeepseekV3Config(moe_intermediate_size=12, n_routed_experts=n_experts,
+                                n_shared_experts=2, n_group=1,
+                                topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
+                                **common)
     return m.DeepseekV3MoE(config)
 
 
 def test_routing_is_done_in_float32_under_autocast():
-    """Two experts whose logits differ by less than bfloat16's eight bits: only float32 tells them apart."""
+    """Two experts whose logits differ by less than bfloat16's eight bits: only float32 tells them
+    apart."""
     router = moe.SoftmaxRouter(D, 2, 1)
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[1.0] * D, [1.0 + 2e-4] * D]))
@@ -218,10 +246,12 @@ def test_routing_is_done_in_float32_under_autocast():
 
 
 def test_selection_bias_moves_against_the_load():
-    """b += rate * sign(mean - load): overloaded down, idle up, even stays. Never through the forward pass or a gradient."""
+    """b += rate * sign(mean - load): overloaded down, idle up, even stays. Never through the
+    forward pass or a gradient."""
     router = make(moe.SigmoidRouter(D, 4, 2, True, selection_bias=True))
     router(normal(T, D))
-    assert not router.bias.any() and "bias" not in dict(router.named_parameters()) and "bias" in router.state_dict()
+    assert not router.bias.any() and "bias" not in dict(router.named_parameters())
+    assert "bias" in router.state_dict()
     router.update_bias(torch.tensor([9.0, 1.0, 5.0, 5.0]), 0.25)  # mean 5
     assert router.bias.tolist() == [-0.25, 0.25, 0, 0]
     router.update_bias(torch.tensor([0.0, 0.0, 0.0, 8.0]), 0.25)
@@ -236,26 +266,31 @@ def test_router_refuses_impossible_top_k(kind, top_k):
         moe.ROUTERS[kind](D, 4, top_k)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. NormRouter: its constant, and tokens that nobody wants.
 
-TABLE = {(8, 1): 2.27, (16, 2): 1.91, (32, 4): 1.77, (64, 1): 3.50, (96, 1): 4.02, (192, 1): 5.17, (288, 1): 6.01, (384, 1): 6.72}
+TABLE = {(8, 1): 2.27, (16, 2): 1.91, (32, 4): 1.77, (64, 1): 3.50, (96, 1): 4.02, (192, 1): 5.17,
+         (288, 1): 6.01, (384, 1): 6.72}
 
 
 @pytest.mark.parametrize("n_experts, top_k", TABLE)
 def test_norm_router_constant_is_the_papers(n_experts, top_k):
-    draws = {} if n_experts <= 96 else {"n_draws": 20_000}  # the mean of 20,000 is within 1 %; the full count is a slow test
-    assert moe.norm_router_constant(n_experts, top_k, **draws) == pytest.approx(TABLE[n_experts, top_k], rel=0.03)
+    # the mean of 20,000 is within 1 %; the full count is a slow test
+    draws = {} if n_experts <= 96 else {"n_draws": 20_000}
+    assert moe.norm_router_constant(n_experts, top_k,
+                                    **draws) == pytest.approx(TABLE[n_experts, top_k], rel=0.03)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_experts, top_k", TABLE)
 def test_norm_router_constant_with_all_draws(n_experts, top_k):
-    assert moe.norm_router_constant(n_experts, top_k) == pytest.approx(TABLE[n_experts, top_k], rel=0.03)
+    assert moe.norm_router_constant(n_experts, top_k) == pytest.approx(TABLE[n_experts, top_k],
+                                                                       rel=0.03)
 
 
 def test_norm_router_constant_by_a_literal_loop():
-    """Another generator, one draw at a time; (2, 1) is the worst case: a quarter of the draws has no positive entry."""
+    """Another generator, one draw at a time; (2, 1) is the worst case: a quarter of the draws has
+    no positive entry."""
     for n_experts, top_k in ((2, 1), (5, 2), (3, 3)):
         total, used = 0.0, 0
         for g in normal(20_000, n_experts, seed=3).tolist():
@@ -268,13 +303,15 @@ def test_norm_router_constant_by_a_literal_loop():
 
 
 def test_norm_router_constant_is_finite_fixed_and_cached():
-    assert moe.norm_router_constant(1, 1) == pytest.approx(1.0)  # one expert: relu(g/|g|) is 1 or 0, and the zeros are left out
+    # one expert: relu(g/|g|) is 1 or 0, and the zeros are left out
+    assert moe.norm_router_constant(1, 1) == pytest.approx(1.0)
     assert math.isfinite(moe.norm_router_constant(8, 1))  # infinite in the official code
     first = moe.norm_router_constant(8, 1)
     moe.norm_router_constant.cache_clear()
     torch.manual_seed(5)
     assert moe.norm_router_constant(8, 1) == first  # another seed of torch changes nothing
-    assert moe.norm_router_constant.cache_info().hits == 0 and moe.norm_router_constant(8, 1) == first
+    assert moe.norm_router_constant.cache_info().hits == 0
+    assert moe.norm_router_constant(8, 1) == first
     assert moe.norm_router_constant.cache_info().hits == 1
 
 
@@ -287,17 +324,21 @@ def test_norm_router_survives_tokens_without_positive_logits(logits):
     router = moe.NormRouter(E, E, K).double()
     router.init_weights(0.1)
     nn.init.eye_(router.weight)  # logits = x
-    x = torch.tensor([logits, [1.0, 2.0, 3.0, -1.0, -2.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([logits, [1.0, 2.0, 3.0, -1.0, -2.0, 0.5]], dtype=torch.float64,
+                     requires_grad=True)
     routing = router(x)
     norm = math.sqrt(sum(z * z for z in logits))
     expected = sorted((router.c * max(0, z) / (norm + 1e-8) for z in logits), reverse=True)[:K]
     assert routing.weights[0].tolist() == pytest.approx(expected, abs=1e-12)
     assert len(set(routing.ids[0].tolist())) == K
-    assert losses.expert_counts(routing.ids, E).sum() == 2 * K  # zero gates count in f like the others
+    # zero gates count in f like the others
+    assert losses.expert_counts(routing.ids, E).sum() == 2 * K
     for scores in (routing.scores, losses.normalise_scores(routing.scores)):
         x.grad = router.weight.grad = None
-        (routing.weights.sum() + moe.load_balance_loss(scores, losses.expert_counts(routing.ids, E))).backward(retain_graph=True)
-        assert x.grad.isfinite().all() and router.weight.grad.isfinite().all() and router.sigma.grad.isfinite().all()
+        balance = moe.load_balance_loss(scores, losses.expert_counts(routing.ids, E))
+        (routing.weights.sum() + balance).backward(retain_graph=True)
+        assert x.grad.isfinite().all() and router.weight.grad.isfinite().all()
+        assert router.sigma.grad.isfinite().all()
     assert losses.routing_entropy(routing.scores).isfinite()
 
 
@@ -307,7 +348,7 @@ def test_norm_router_ignores_the_scale_of_its_input():
     assert torch.allclose(router(x).weights, router(1000 * x).weights, atol=1e-9)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Router, experts, shared experts: the whole layer as a loop over tokens.
 
 @pytest.mark.parametrize("backend", ["loop", "grouped", "auto"])
@@ -319,18 +360,22 @@ def test_norm_router_ignores_the_scale_of_its_input():
     ("norm", 5, 5, 1, 1),      # K = E, one token
     ("norm", 1, 13, 3, 0),     # more experts than tokens: most are idle
 ])
-def test_moe_layer_is_the_literal_sum(backend, activation, kind, top_k, n_experts, tokens, n_shared):
+def test_moe_layer_is_the_literal_sum(backend, activation, kind, top_k, n_experts, tokens,
+                                      n_shared):
     router = make(moe.ROUTERS[kind](D, n_experts, top_k, kind != "norm" and top_k > 1))
     bank = make(moe.ExpertBank(D, WIDTH, n_experts, activation, backend))
     shared = make(moe.FFN(D, n_shared * WIDTH, activation)) if n_shared else None
     layer, x = moe.MoE(router, bank, shared), normal(tokens, D).requires_grad_()
     y, routing, acts = layer(x, keep_activations=True)
     expected, expected_acts = literal_moe(x, layer, bank)
-    assert torch.allclose(y, expected, atol=1e-12) and torch.allclose(acts, expected_acts, atol=1e-12)
-    assert torch.allclose(layer(x)[0], y, atol=1e-14) and layer(x)[2] is None  # activations only when asked for
+    assert torch.allclose(y, expected, atol=1e-12)
+    assert torch.allclose(acts, expected_acts, atol=1e-12)
+    # activations only when asked for
+    assert torch.allclose(layer(x)[0], y, atol=1e-14) and layer(x)[2] is None
     targets = [x, *layer.parameters()]
     directions = normal(*y.shape, seed=4), normal(*acts.shape, seed=5)
-    ours, literal = (torch.autograd.grad((a * directions[0]).sum() + (b * directions[1]).sum(), targets)
+    ours, literal = (torch.autograd.grad((a * directions[0]).sum() + (b * directions[1]).sum(),
+                                         targets)
                      for a, b in ((y, acts), (expected, expected_acts)))
     for name, a, b in zip(("x", *dict(layer.named_parameters())), ours, literal):
         assert torch.allclose(a, b, atol=1e-11), name
@@ -341,7 +386,8 @@ def test_moe_layer_is_the_literal_sum(backend, activation, kind, top_k, n_expert
 
 
 def test_pool_is_an_argument_and_equals_a_private_bank():
-    """The same weights as pool or as bank: the same layer, and a pooled layer holds no expert of its own."""
+    """The same weights as pool or as bank: the same layer, and a pooled layer holds no expert of
+    its own."""
     router, bank = make(moe.NormRouter(D, E, 2)), make(moe.ExpertBank(D, WIDTH, E, "swiglu"))
     x = normal(T, D)
     pooled = moe.MoE(router)
@@ -360,13 +406,15 @@ def test_every_bank_is_a_sum_over_the_chosen_experts(kind, activation):
     apply = lambda x, w, ids, keep=False: bank(x, moe.Routing(w, ids, None, None), keep)
     y, acts = apply(x, weights, ids, True)
     assert y.shape == (T, D) and acts.shape[:2] == (T, 2)
-    assert torch.allclose(apply(x, weights, ids)[0], y, atol=1e-12) and apply(x, weights, ids)[1] is None
+    assert torch.allclose(apply(x, weights, ids)[0], y, atol=1e-12)
+    assert apply(x, weights, ids)[1] is None
     singles = sum(apply(x, weights[:, k:k + 1], ids[:, k:k + 1])[0] for k in range(2))
     assert torch.allclose(singles, y, atol=1e-12)
     assert torch.allclose(apply(x, 3 * weights, ids)[0], 3 * y, atol=1e-12)
     assert torch.allclose(apply(x[3:4], weights[3:4], ids[3:4])[0], y[3:4], atol=1e-12)
     assert torch.allclose(apply(x, weights.flip(1), ids.flip(1))[0], y, atol=1e-12)
-    grads = torch.autograd.grad(y.square().sum() + acts.square().sum(), [x, weights, *bank.parameters()])
+    grads = torch.autograd.grad(y.square().sum() + acts.square().sum(),
+                                [x, weights, *bank.parameters()])
     assert all(g.isfinite().all() and g.any() for g in grads)
     stacked = [(p, g) for p, g in zip(bank.parameters(), grads[2:]) if len(p) == E]
     assert stacked and not any(g[[1, 3, 5]].any() for _, g in stacked)
@@ -383,15 +431,17 @@ def test_shared_experts_are_the_sum_of_single_ones():
             rows = torch.arange(i * WIDTH, (i + 1) * WIDTH)
             rows_in = rows if activation == "gelu" else torch.cat((rows, rows + 2 * WIDTH))
             h = F.linear(x, wide.w_in.weight[rows_in])
-            total = total + F.linear(torch.stack([literal_activation(r, activation) for r in h]), wide.w_out.weight[:, rows])
+            total = total + F.linear(torch.stack([literal_activation(r, activation) for r in h]),
+                                     wide.w_out.weight[:, rows])
         assert torch.allclose(wide(x), total, atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Noise: a pure function that looks like a standard normal.
 
 def kolmogorov_smirnov(samples, cdf):
-    """sqrt(n) times the largest distance between the empirical distribution and cdf; above 1.95 with probability 1e-3."""
+    """sqrt(n) times the largest distance between the empirical distribution and cdf; above 1.95
+    with probability 1e-3."""
     x = samples.double().sort().values
     n = len(x)
     expected, steps = cdf(x), torch.arange(n + 1, dtype=torch.float64) / n
@@ -407,7 +457,8 @@ KEYS = noise.noise_seeds(torch.arange(64) + 1000, torch.arange(64))  # 64 sequen
 
 
 def test_kolmogorov_smirnov_can_fail():
-    """The statistic itself: right for normal numbers, far off for a shift of 0.1, a scale of 1.2, a uniform."""
+    """The statistic itself: right for normal numbers, far off for a shift of 0.1, a scale of 1.2, a
+    uniform."""
     g = normal(4096)
     normal_cdf = torch.special.ndtr
     assert kolmogorov_smirnov(g, normal_cdf) < 1.95
@@ -417,7 +468,8 @@ def test_kolmogorov_smirnov_can_fail():
 
 def test_uniform_noise_is_uniform():
     u = noise.uniform_noise(KEYS, 3, 16)
-    assert u.shape == (4096, 16) and u.dtype == torch.float32 and u.min() > 0 and u.max() < 1  # log(u), log(-log(u)) are finite
+    # log(u), log(-log(u)) are finite
+    assert u.shape == (4096, 16) and u.dtype == torch.float32 and u.min() > 0 and u.max() < 1
     assert kolmogorov_smirnov(u.flatten(), lambda x: x) < 1.95
     for bit in range(1, 9):  # the leading bits, each a fair coin
         ones = ((u * 2**bit).long() & 1).double().mean().item()
@@ -456,11 +508,14 @@ def test_noise_is_independent_over_keys_positions_streams_and_components():
     g = noise.normal_noise(KEYS, 5, 8)  # (B*S, 8)
     grid = g.view(64, 64, 8)
     pairs = {
-        "components": (g[:, 0], g[:, 1]), "halves": (g[:, 0], g[:, 4]), "neighbours": (g[:, 2], g[:, 3]),
-        "positions": (grid[:, :-1].flatten(), grid[:, 1:].flatten()), "keys": (grid[:-1].flatten(), grid[1:].flatten()),
+        "components": (g[:, 0], g[:, 1]), "halves": (g[:, 0], g[:, 4]),
+        "neighbours": (g[:, 2], g[:, 3]),
+        "positions": (grid[:, :-1].flatten(), grid[:, 1:].flatten()),
+        "keys": (grid[:-1].flatten(), grid[1:].flatten()),
         "streams": (g.flatten(), noise.normal_noise(KEYS, 6, 8).flatten()),
         "distant streams": (g.flatten(), noise.normal_noise(KEYS, 5 + 64, 8).flatten()),
-        "stream against component": (g[:, 1:].flatten(), noise.normal_noise(KEYS, 6, 8)[:, :-1].flatten()),
+        "stream against component": (g[:, 1:].flatten(),
+                                     noise.normal_noise(KEYS, 6, 8)[:, :-1].flatten()),
         "key against position": (grid[:-1, 1:].flatten(), grid[1:, :-1].flatten()),
     }
     for name, (a, b) in pairs.items():
@@ -476,17 +531,21 @@ def test_noise_is_independent_over_keys_positions_streams_and_components():
 def test_all_64_bits_of_a_key_count(first, second):
     a, b = (noise.noise_seeds(torch.tensor([key]), torch.arange(512)) for key in (first, second))
     assert (a == b).double().mean() < 0.01
-    assert abs(correlation(noise.normal_noise(a, 0, 4).flatten(), noise.normal_noise(b, 0, 4).flatten())) < 4
+    assert abs(correlation(noise.normal_noise(a, 0, 4).flatten(),
+                           noise.normal_noise(b, 0, 4).flatten())) < 4
 
 
 def test_noise_is_a_pure_function_of_its_keys():
-    """Not of the batch around it, of the generator, of how many samples or components are drawn beside it."""
+    """Not of the batch around it, of the generator, of how many samples or components are drawn
+    beside it."""
     keys = noise.noise_seeds(torch.tensor([11, 22, 33]), torch.arange(10))
     torch.manual_seed(1)
     all_of_it = noise.normal_noise(keys, 4, 12)
     torch.manual_seed(2)
-    assert torch.equal(noise.normal_noise(noise.noise_seeds(torch.tensor([22]), torch.arange(4, 7)), 4, 12), all_of_it[14:17])
-    assert torch.equal(noise.normal_noise(keys, 4, 5), all_of_it[:, :5])  # K = 1 draws what K = 2 drew first
+    assert torch.equal(noise.normal_noise(noise.noise_seeds(torch.tensor([22]), torch.arange(4, 7)),
+                                          4, 12), all_of_it[14:17])
+    # K = 1 draws what K = 2 drew first
+    assert torch.equal(noise.normal_noise(keys, 4, 5), all_of_it[:, :5])
     assert torch.equal(noise.uniform_noise(keys, 4, 5), noise.uniform_noise(keys, 4, 12)[:, :5])
     assert torch.equal(noise.noise_seeds(torch.tensor([22]), torch.arange(10)), keys[10:20])
     assert not torch.equal(keys[:10], keys[10:20])
@@ -496,14 +555,16 @@ def test_hash_is_one_to_one_and_mixes():
     values = torch.arange(100_000)
     hashed = noise.hash32(values)
     assert hashed.unique().numel() == 100_000 and hashed.min() >= 0 and hashed.max() < 2**32
-    assert [noise.hash32(v) for v in (0, 1, 12345, 2**32 - 1)] == noise.hash32(torch.tensor([0, 1, 12345, 2**32 - 1])).tolist()
-    for bit in range(17):  # avalanche: flipping one bit of the input flips each bit of the output half of the time
+    few = [0, 1, 12345, 2**32 - 1]
+    assert [noise.hash32(v) for v in few] == noise.hash32(torch.tensor(few)).tolist()
+    # avalanche: flipping one bit of the input flips each bit of the output half of the time
+    for bit in range(17):
         flips = noise.hash32(values ^ (1 << bit)) ^ hashed
         share = torch.stack([(flips >> b & 1).double().mean() for b in range(32)])
         assert (share - 0.5).abs().max() < 0.1, bit
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. Gaussian routers: the densities, their samples, and how hidden layers' codes relate.
 
 DZ, SAMPLES = 4, 3
@@ -514,7 +575,8 @@ def gaussian(**options):
 
 
 def test_gaussian_router_is_the_reparameterised_formula():
-    """z = mu + exp(logvar / 2) * eps, one number at a time; sample k takes the noise k*dz .. k*dz + dz - 1."""
+    """z = mu + exp(logvar / 2) * eps, one number at a time; sample k takes the noise k*dz .. k*dz +
+    dz - 1."""
     router, x, keys = gaussian(), normal(T, D), torch.arange(T)
     codes = router(x[:, None], keys)
     eps = noise.normal_noise(keys, 2 * 2, SAMPLES * DZ).double()
@@ -548,25 +610,30 @@ def test_gaussian_router_hidden_layer():
 def test_gaussian_router_mean_needs_no_noise_and_no_sigma():
     router, x = gaussian(mean=True), normal(T, 1, D)
     codes = router(x, torch.arange(T))
-    assert torch.equal(codes.z, codes.mu) and codes.z.shape == (T, 1, DZ) and not codes.logvar.exp().any()
+    assert torch.equal(codes.z, codes.mu) and codes.z.shape == (T, 1, DZ)
+    assert not codes.logvar.exp().any()
     assert torch.equal(router(x, torch.arange(T) + 99).z, codes.z)
     assert router.logvar is None and "logvar.weight" not in router.state_dict()
 
 
-@pytest.mark.parametrize("options", [dict(), dict(d_hidden=6), dict(n_components=3), dict(n_components=2, mean=True)])
+@pytest.mark.parametrize("options", [dict(), dict(d_hidden=6), dict(n_components=3),
+                                     dict(n_components=2, mean=True)])
 def test_gaussian_router_gradients_reach_every_parameter(options):
     router, x = gaussian(**options), normal(T, 1, D).requires_grad_()
     (router(x, torch.arange(T)).z * normal(T, 1, DZ, seed=6)).sum().backward()
     for name, p in (("x", x), *router.named_parameters()):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
-    if "n_components" not in options:  # smooth: finite differences hold (a component's choice jumps)
+    # smooth: finite differences hold (a component's choice jumps)
+    if "n_components" not in options:
         keys, names = torch.arange(T), [n for n, _ in router.named_parameters()]
-        assert gradcheck(lambda x, *p: torch.func.functional_call(router, dict(zip(names, p)), (x, keys)).z,
+        assert gradcheck(lambda x, *p: torch.func.functional_call(router, dict(zip(names, p)),
+                                                                  (x, keys)).z,
                          (x, *router.parameters()), atol=1e-6)
 
 
 def test_mixture_draws_components_with_their_probabilities():
-    """A token of fixed mixture weights, 20,000 keys: shares within 4 standard errors, mu and logvar those of the component."""
+    """A token of fixed mixture weights, 20,000 keys: shares within 4 standard errors, mu and logvar
+    those of the component."""
     router = moe.GaussianRouter(D, DZ, 1, n_components=3)
     router.init_weights(0.5)
     with torch.no_grad():
@@ -578,26 +645,31 @@ def test_mixture_draws_components_with_their_probabilities():
     codes = router(x, noise.hash32(torch.arange(n)))
     means = router.mu(x[0, 0]).view(3, DZ)
     component = (codes.mu[:, 0, None] - means).abs().sum(-1).argmin(-1)
-    assert torch.allclose(codes.mu[:, 0], means[component], atol=1e-6)  # hard: one component, no blend
+    # hard: one component, no blend
+    assert torch.allclose(codes.mu[:, 0], means[component], atol=1e-6)
     assert torch.allclose(codes.logvar[:, 0], router.logvar.bias.view(3, DZ)[component], atol=1e-6)
     for c, p in enumerate((0.2, 0.3, 0.5)):
         assert abs((component == c).double().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / n)
     residual = ((codes.z - codes.mu) / (codes.logvar / 2).exp()).flatten()
-    assert kolmogorov_smirnov(residual, torch.special.ndtr) < 1.95  # the component's noise is not the sample's noise
+    # the component's noise is not the sample's noise
+    assert kolmogorov_smirnov(residual, torch.special.ndtr) < 1.95
     several = moe.GaussianRouter(D, DZ, 5, n_components=3)
     several.load_state_dict(router.state_dict())
     picks = several.component(x[:1000], noise.hash32(torch.arange(1000)))
-    assert picks.shape == (1000, 5, 3) and picks.argmax(-1).float().std(1).gt(0).any()  # a component per sample
+    # a component per sample
+    assert picks.shape == (1000, 5, 3) and picks.argmax(-1).float().std(1).gt(0).any()
 
 
 def test_mixture_gradient_is_the_soft_choices():
     router, x, keys = gaussian(n_components=3), normal(T, 1, D), torch.arange(T)
     hard = router.component(x, keys)
-    assert torch.equal(hard.sum(-1), torch.ones(T, SAMPLES, dtype=hard.dtype)) and (hard.max(-1).values - 1).abs().max() < 1e-15
+    assert torch.equal(hard.sum(-1), torch.ones(T, SAMPLES, dtype=hard.dtype))
+    assert (hard.max(-1).values - 1).abs().max() < 1e-15
     u = noise.uniform_noise(keys, 2 * 2 + 1, SAMPLES * 3).view(T, SAMPLES, 3)
     soft = (router.mixture(x) - torch.log(-torch.log(u))).softmax(-1)
     direction = normal(T, SAMPLES, 3, seed=7)
-    a, b = (torch.autograd.grad((p * direction).sum(), router.mixture.weight)[0] for p in (hard, soft))
+    a, b = (torch.autograd.grad((p * direction).sum(), router.mixture.weight)[0]
+            for p in (hard, soft))
     assert torch.allclose(a, b, atol=1e-6)  # the Gumbel noise is float32
 
 
@@ -605,7 +677,8 @@ def test_mixture_at_its_mean_takes_the_likeliest_component():
     router, x = gaussian(n_components=3, mean=True), normal(T, D)
     best = (x @ router.mixture.weight.T + router.mixture.bias).argmax(-1)
     mu = (x @ router.mu.weight.T + router.mu.bias).view(T, 3, DZ)
-    assert torch.allclose(router(x[:, None], torch.arange(T)).mu[:, 0], mu[torch.arange(T), best], atol=1e-12)
+    assert torch.allclose(router(x[:, None], torch.arange(T)).mu[:, 0], mu[torch.arange(T), best],
+                          atol=1e-12)
 
 
 def codes_of(z, rates=(0.5, 0.5, 0.5), n_samples=SAMPLES, **options):
@@ -639,7 +712,8 @@ def test_code_router_hierarchical():
     codes = router(x, keys)
     for i in (1, 2):
         density = router.densities[str(i)]
-        eps = noise.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).view(T, SAMPLES, DZ).double()
+        eps = noise.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).view(T, SAMPLES,
+                                                                              DZ).double()
         for t, k in itertools.product(range(T), range(SAMPLES)):
             given = torch.cat((x[t], codes[i - 1].z[t, k]))
             mu = density.mu.weight @ given + density.mu.bias
@@ -652,15 +726,18 @@ def test_code_router_hierarchical_learns_through_the_previous_code():
     router, x, keys = codes_of("hierarchical")
     last, literal = router(x, keys)[2].z, None
     for density in router.densities.values():
-        eps = noise.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).view(T, SAMPLES, DZ).double()
+        eps = noise.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).view(T, SAMPLES,
+                                                                              DZ).double()
         wide = x[:, None].expand(T, SAMPLES, D)
         given = wide if literal is None else torch.cat((wide, literal), -1)
         literal = density.mu(given) + (density.logvar(given).clamp(-10, 4) / 2).exp() * eps
     assert torch.allclose(last, literal, atol=1e-12)
     direction, parameters = normal(T, SAMPLES, DZ, seed=6), list(router.parameters())
-    grads = [torch.autograd.grad((z * direction).sum(), parameters, allow_unused=True) for z in (last, literal)]
+    grads = [torch.autograd.grad((z * direction).sum(), parameters, allow_unused=True)
+             for z in (last, literal)]
     for name, ours, expected in zip(dict(router.named_parameters()), *grads):
-        assert ours is not None and expected.any() and torch.allclose(ours, expected, atol=1e-10), name
+        assert ours is not None and expected.any(), name
+        assert torch.allclose(ours, expected, atol=1e-10), name
 
 
 @pytest.mark.parametrize("z", ["independent", "shared", "hierarchical"])
@@ -675,7 +752,7 @@ def test_code_router_dense_and_mean_layers(z):
         assert torch.equal(code.z, code.mu) and code.z.shape == (T, 1, DZ)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. The continuous bank against K literal FFNs.
 
 BANKS = {  # (rates, CodeRouter options, bank options)
@@ -703,7 +780,8 @@ BANKS = {  # (rates, CodeRouter options, bank options)
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("name", BANKS)
 def test_continuous_ffn_is_k_literal_ffns(name, activation):
-    """Forward and every gradient (x, W_1..W_H, W_2, W_z, mu, logvar, mixture) to 1e-6; with and without kept activations."""
+    """Forward and every gradient (x, W_1..W_H, W_2, W_z, mu, logvar, mixture) to 1e-6; with and
+    without kept activations."""
     rates, density, options = BANKS[name]
     router = make(code_router(D, DZ, SAMPLES, rates, **density))
     bank = make(moe.ContinuousBank(D, 9, DZ, rates, activation, **options))
@@ -712,20 +790,24 @@ def test_continuous_ffn_is_k_literal_ffns(name, activation):
     kept_y, _, acts = layer(x, noise_seeds=keys, keep_activations=True)
     expected, direction = literal_continuous(x, codes, bank), normal(T, D, seed=8)
     names = ["x", *dict(layer.named_parameters())]
-    grads = [torch.autograd.grad((out * direction).sum(), [x, *layer.parameters()], retain_graph=True)
+    grads = [torch.autograd.grad((out * direction).sum(), [x, *layer.parameters()],
+                                 retain_graph=True)
              for out in (expected, y, kept_y)]
     for out, grad in ((y, grads[1]), (kept_y, grads[2])):
         assert torch.allclose(out, expected, atol=1e-6)
         for parameter, ours, literal in zip(names, grad, grads[0]):
             assert torch.allclose(ours, literal, atol=1e-6), parameter
             assert literal.any(), parameter
-    assert torch.allclose(F.linear(acts.mean(1), bank.w_out), expected, atol=1e-9)  # h (T, K, F) before W_2
+    # h (T, K, F) before W_2
+    assert torch.allclose(F.linear(acts.mean(1), bank.w_out), expected, atol=1e-9)
     assert acts.shape == (T, max(c.z.shape[1] for c in codes if c is not None), 9)
 
 
 def test_sum_over_samples_inside_w_out_is_not_right_for_inner_layers():
-    """Why depth > 1 and pre masks do not take the short cut: averaging their masks gives another function."""
-    router, bank = make(code_router(D, DZ, SAMPLES, (0.5, 0.5))), make(moe.ContinuousBank(D, 9, DZ, (0.5, 0.5), "gelu"))
+    """Why depth > 1 and pre masks do not take the short cut: averaging their masks gives another
+    function."""
+    router = make(code_router(D, DZ, SAMPLES, (0.5, 0.5)))
+    bank = make(moe.ContinuousBank(D, 9, DZ, (0.5, 0.5), "gelu"))
     x = normal(T, D)
     codes = router(x, torch.arange(T))
     h = x
@@ -734,7 +816,8 @@ def test_sum_over_samples_inside_w_out_is_not_right_for_inner_layers():
     assert not torch.allclose(h @ bank.w_out.T, bank(x, codes)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("rate, width, n", [(0.25, 6144, 1536), (0.5, 5, 3), (0.5, 4, 2), (0.3, 5, 2), (0.1, 5, 1), (1e-6, 5, 1),
+@pytest.mark.parametrize("rate, width, n", [(0.25, 6144, 1536), (0.5, 5, 3), (0.5, 4, 2),
+                                            (0.3, 5, 2), (0.1, 5, 1), (1e-6, 5, 1),
                                             (1.0, 5, 5), (0.7, 5, 4), (0.499, 3, 1)])
 def test_number_of_kept_neurons(rate, width, n):
     """N = max(1, floor(rate * F + 0.5)): half up, never Python's half to even, never none."""
@@ -742,11 +825,13 @@ def test_number_of_kept_neurons(rate, width, n):
 
 
 @pytest.mark.parametrize("scores", [
-    [3.0, 1.0, 2.0, 0.0, -1.0], [1.0] * 5, [2.0, 2.0, 1.0, 2.0, 1.0], [-1.0, -1.0, -2.0, -1.0, -3.0], [0.0, -0.0, 0.0, -0.0, 0.0],
+    [3.0, 1.0, 2.0, 0.0, -1.0], [1.0] * 5, [2.0, 2.0, 1.0, 2.0, 1.0],
+    [-1.0, -1.0, -2.0, -1.0, -3.0], [0.0, -0.0, 0.0, -0.0, 0.0],
 ])
 @pytest.mark.parametrize("n", range(1, 6))
 def test_exactly_n_are_kept_ties_included(scores, n):
-    """Straight and through masks(): equal scores, negative ones (raw values stay negative), signed zeros."""
+    """Straight and through masks(): equal scores, negative ones (raw values stay negative), signed
+    zeros."""
     row = torch.tensor(scores, dtype=torch.float64)
     expected = literal_mask(row, n)
     assert torch.equal(kernels.topn_mask(row[None], n)[0], expected)
@@ -763,7 +848,8 @@ def test_exactly_n_are_kept_ties_included(scores, n):
 
 @pytest.mark.slow
 def test_exactly_n_of_6144_are_kept():
-    """The width of infmoe_small, on a coarse grid so that thousands of entries tie at the threshold."""
+    """The width of infmoe_small, on a coarse grid so that thousands of entries tie at the
+    threshold."""
     scores = (normal(64, 6144, dtype=torch.float32) * 4).round() / 4 + 10
     kept = kernels.topn_mask(scores, 1536)
     assert (kept != 0).sum(-1).eq(1536).all()
@@ -777,7 +863,8 @@ def test_bank_starts_with_mask_entries_of_unit_variance():
     bank.init_weights(0.02, 0.01)
     scores = torch.randn(256, 1, 64) @ bank.w_z["0"].T
     assert scores.var().item() == pytest.approx(1, rel=0.05)
-    assert bank.w_in[0].std().item() == pytest.approx(0.02, rel=0.1) and bank.w_out.std().item() == pytest.approx(0.01, rel=0.1)
+    assert bank.w_in[0].std().item() == pytest.approx(0.02, rel=0.1)
+    assert bank.w_out.std().item() == pytest.approx(0.01, rel=0.1)
 
 
 def test_more_samples_lower_the_estimators_variance_as_one_over_k():
@@ -801,17 +888,19 @@ def test_more_samples_lower_the_estimators_variance_as_one_over_k():
         assert error < 3 * math.sqrt(variance[1] / draws)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7. Losses: literal loops, cases by hand, gradients where they belong.
 
 def scores_and_counts(layers, n_experts=E, seed=9):
     """Random softmax scores (T, E) and counts of their top 2, for several layers."""
-    scores = [normal(T, n_experts, seed=seed + i).softmax(-1).requires_grad_() for i in range(layers)]
+    scores = [normal(T, n_experts, seed=seed + i).softmax(-1).requires_grad_()
+              for i in range(layers)]
     return scores, [losses.expert_counts(s.topk(2, -1).indices, n_experts) for s in scores]
 
 
 def test_pool_loss_is_the_double_loop():
-    """M * sum_i (mean_l f_i^l)(mean_l P_i^l), layer by layer and expert by expert, value and gradient."""
+    """M * sum_i (mean_l f_i^l)(mean_l P_i^l), layer by layer and expert by expert, value and
+    gradient."""
     scores, counts = scores_and_counts(4)
     total = 0
     for i in range(E):
@@ -828,46 +917,60 @@ def test_pool_loss_is_the_double_loop():
 
 def test_layer_loss_is_switchs_and_no_special_case_of_several_layers():
     scores, counts = scores_and_counts(2)
-    singles = [E * sum((n[i] / n.sum()).item() * s[:, i].mean().item() for i in range(E)) for s, n in zip(scores, counts)]
-    assert [moe.load_balance_loss(s, n).item() for s, n in zip(scores, counts)] == pytest.approx(singles, rel=1e-6)
-    assert moe.pool_loss(scores, counts).item() != pytest.approx(sum(singles) / 2, rel=1e-3)  # mean of products, product of means
+    singles = [E * sum((n[i] / n.sum()).item() * s[:, i].mean().item() for i in range(E))
+               for s, n in zip(scores, counts)]
+    assert [moe.load_balance_loss(s, n).item()
+            for s, n in zip(scores, counts)] == pytest.approx(singles, rel=1e-6)
+    # mean of products, product of means
+    assert moe.pool_loss(scores, counts).item() != pytest.approx(sum(singles) / 2, rel=1e-3)
 
 
 def test_balanced_and_collapsed_by_hand():
     one_hot = torch.eye(4).repeat(3, 1)  # 12 tokens, evenly over 4 experts, certain
     even = torch.full((4,), 3.0)
     assert moe.load_balance_loss(one_hot, even).item() == pytest.approx(1)
-    assert moe.load_balance_loss(torch.full((12, 4), 0.25), torch.tensor([12.0, 0, 0, 0])).item() == pytest.approx(1)
+    assert moe.load_balance_loss(torch.full((12, 4), 0.25),
+                                 torch.tensor([12.0, 0, 0, 0])).item() == pytest.approx(1)
     collapsed = torch.eye(4)[:1].expand(12, 4), torch.tensor([12.0, 0, 0, 0])
     assert moe.load_balance_loss(*collapsed).item() == pytest.approx(4)  # E
-    # Two layers of a pool, each collapsed onto its own half: as a pool they are balanced, which no layer loss can say.
-    halves = [torch.tensor([[0.5, 0.5, 0, 0]]).expand(6, 4), torch.tensor([[0, 0, 0.5, 0.5]]).expand(6, 4)]
+    # Two layers of a pool, each collapsed onto its own half: as a pool they are balanced, which no
+    # layer loss can say.
+    halves = [torch.tensor([[0.5, 0.5, 0, 0]]).expand(6, 4),
+              torch.tensor([[0, 0, 0.5, 0.5]]).expand(6, 4)]
     counts = [torch.tensor([6.0, 6, 0, 0]), torch.tensor([0.0, 0, 6, 6])]
     assert moe.pool_loss(halves, counts).item() == pytest.approx(1)
-    assert [moe.load_balance_loss(s, n).item() for s, n in zip(halves, counts)] == pytest.approx([2, 2])
+    assert [moe.load_balance_loss(s, n).item()
+            for s, n in zip(halves, counts)] == pytest.approx([2, 2])
     assert moe.pool_loss([halves[0]] * 2, [counts[0]] * 2).item() == pytest.approx(2)
 
 
 def test_balance_loss_does_not_depend_on_how_many_were_counted():
     """f is a share: counts of a global batch (8 times as many tokens) give the same loss."""
     scores, counts = scores_and_counts(2)
-    assert moe.pool_loss(scores, [8 * n for n in counts]).item() == pytest.approx(moe.pool_loss(scores, counts).item())
+    loss, of_a_larger_batch = (moe.pool_loss(scores, [m * n for n in counts]) for m in (1, 8))
+    assert of_a_larger_batch.item() == pytest.approx(loss.item())
 
 
 def test_norm_router_balance_constant():
-    """Balanced, raw NormRouter scores cost sum_e P_e = M * c * E[relu(u)], u on the unit sphere: 15.75 at M = 96, as in
-    papers.md, and 2.64 at M = 8. Normalised ones cost 1."""
+    """Balanced, raw NormRouter scores cost sum_e P_e = M * c * E[relu(u)], u on the unit sphere:
+    15.75 at M = 96 and 2.64 at M = 8. Normalised ones cost 1."""
     for n_experts, expected in ((96, 15.75), (8, 2.64)):
-        sphere = math.exp(math.lgamma(n_experts / 2) - math.lgamma((n_experts + 1) / 2)) / math.sqrt(math.pi)  # E|u_1|
-        assert n_experts * moe.norm_router_constant(n_experts, 1) * sphere / 2 == pytest.approx(expected, rel=0.01)
+        # E|u_1|
+        sphere = math.exp(math.lgamma(n_experts / 2) - math.lgamma((n_experts
+                                                                    + 1) / 2)) / math.sqrt(math.pi)
+        assert n_experts * moe.norm_router_constant(n_experts,
+                                                    1) * sphere / 2 == pytest.approx(expected,
+                                                                                     rel=0.01)
         router = moe.NormRouter(n_experts, n_experts, 1)
         router.init_weights(0.1)
         nn.init.eye_(router.weight)
         routing = router(normal(20_000, n_experts).float())
         counts = torch.ones(n_experts)
-        assert moe.load_balance_loss(routing.scores, counts).item() == pytest.approx(expected, rel=0.03)
+        assert moe.load_balance_loss(routing.scores, counts).item() == pytest.approx(expected,
+                                                                                     rel=0.03)
         normalised = moe.load_balance_loss(losses.normalise_scores(routing.scores), counts).item()
-        assert normalised == pytest.approx(1, rel=0.01)  # tokens without a positive logit add nothing
+        # tokens without a positive logit add nothing
+        assert normalised == pytest.approx(1, rel=0.01)
 
 
 def routers_that_support(*parts):
@@ -883,10 +986,12 @@ def test_balance_gradient_reaches_every_router_and_no_expert(kind):
     routings = []
     for router in routers:
         routings.append(moe.MoE(router)(x, pool=pool)[1])
-    terms = {"pool": moe.pool_loss([r.scores for r in routings], [losses.expert_counts(r.ids, E) for r in routings]),
-              "z": sum(moe.z_loss(r.logits) for r in routings)}
+    terms = {"pool": moe.pool_loss([r.scores for r in routings],
+                                   [losses.expert_counts(r.ids, E) for r in routings]),
+             "z": sum(moe.z_loss(r.logits) for r in routings)}
     for name, loss in terms.items():
-        grads = torch.autograd.grad(loss, [r.weight for r in routers] + list(pool.parameters()), allow_unused=True,
+        grads = torch.autograd.grad(loss, [r.weight for r in routers] + list(pool.parameters()),
+                                    allow_unused=True,
                                     retain_graph=True)
         assert all(g is not None and g.isfinite().all() and g.any() for g in grads[:3]), name
         assert grads[3] is None and grads[4] is None, name
@@ -897,7 +1002,8 @@ def test_z_loss():
     expected = sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in logits.tolist()) / T
     assert moe.z_loss(logits).item() == pytest.approx(expected, rel=1e-12)
     assert moe.z_loss(torch.zeros(3, 8)).item() == pytest.approx(math.log(8) ** 2)
-    assert moe.z_loss(torch.full((1, 2), 300.0)).item() == pytest.approx((300 + math.log(2)) ** 2)  # no overflow
+    # no overflow
+    assert moe.z_loss(torch.full((1, 2), 300.0)).item() == pytest.approx((300 + math.log(2)) ** 2)
     assert gradcheck(moe.z_loss, logits)
 
 
@@ -925,8 +1031,10 @@ def test_specialization_is_the_literal_loop(form, k):
 
 def test_specialization_on_orthogonal_equal_and_opposite_activations():
     x, y = torch.tensor([1.0, 0, 0]), torch.tensor([0, 2.0, 0])
-    cases = {"orthogonal": (x, y, 0, 0, 0), "equal": (x, 5 * x, 1, 1, 1), "opposite": (x, -3 * x, 1, 1, -1),
-             "45 degrees": (x, x + y / 2, 0.5, math.sqrt(0.5), math.sqrt(0.5)), "a silent expert": (x, 0 * x, 0, 0, 0)}
+    cases = {"orthogonal": (x, y, 0, 0, 0), "equal": (x, 5 * x, 1, 1, 1),
+             "opposite": (x, -3 * x, 1, 1, -1),
+             "45 degrees": (x, x + y / 2, 0.5, math.sqrt(0.5), math.sqrt(0.5)),
+             "a silent expert": (x, 0 * x, 0, 0, 0)}
     for name, (a, b, square, absolute, plain) in cases.items():
         pair = torch.stack((a, b))[None].requires_grad_()
         for form, expected in (("square", square), ("abs", absolute), ("plain", plain)):
@@ -941,11 +1049,13 @@ def test_specialization_is_computed_in_float32():
     a = normal(64, 2, 32).bfloat16()
     loss = moe.specialization_loss(a)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(literal_specialization(a.double(), "square").item(), rel=1e-5)
+    assert loss.item() == pytest.approx(literal_specialization(a.double(), "square").item(),
+                                        rel=1e-5)
 
 
 def literal_coupling(s, ids, n, next_ids, paths):
-    """- mean_x sum_{e in TopK_l} sum_{v in TopK_{l+1}} w_ev s_e(x) s_v(x), term by term; scores normalised first."""
+    """- mean_x sum_{e in TopK_l} sum_{v in TopK_{l+1}} w_ev s_e(x) s_v(x), term by term; scores
+    normalised first."""
     total = 0
     for t in range(len(s)):
         for e, v in itertools.product(ids[t].tolist(), next_ids[t].tolist()):
@@ -965,48 +1075,60 @@ def test_coupling_is_the_literal_loop(kind, weighted):
         literal_coupling(a.scores, a.ids, b.scores, b.ids, paths)
     assert loss.item() == pytest.approx(literal.item(), rel=1e-12)
     weights = [r.weight for r in routers]
-    for ours, theirs in zip(*(torch.autograd.grad(v, weights, retain_graph=True) for v in (loss, literal))):
+    for ours, theirs in zip(*(torch.autograd.grad(v, weights, retain_graph=True)
+                              for v in (loss, literal))):
         assert torch.allclose(ours, theirs, atol=1e-12) and theirs.any()
     if weighted:
-        assert torch.autograd.grad(loss, paths, allow_unused=True) == (None,)  # an estimate, not a parameter
+        # an estimate, not a parameter
+        assert torch.autograd.grad(loss, paths, allow_unused=True) == (None,)
     s, n = a.scores.detach().requires_grad_(), b.scores.detach().requires_grad_()
     assert gradcheck(lambda s, n: moe.coupling_loss(s, a.ids, n, b.ids, paths), (s, n))
 
 
 def test_coupling_by_hand():
-    """mass = minus the product of the two top-K masses; path = the same, weighted by what usually follows."""
+    """mass = minus the product of the two top-K masses; path = the same, weighted by what usually
+    follows."""
     s = torch.tensor([[0.5, 0.3, 0.2]])
     ids, following = torch.tensor([[0, 1]]), torch.tensor([[2, 0]])
     assert moe.coupling_loss(s, ids, s, following).item() == pytest.approx(-0.8 * 0.7)
-    assert moe.coupling_loss(7 * s, ids, s / 3, following).item() == pytest.approx(-0.8 * 0.7)  # unnormalised scores
-    paths = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # 0 -> 2, 1 -> 0, 2 -> 1
-    assert moe.coupling_loss(s, ids, s, following, paths).item() == pytest.approx(-(0.5 * 0.2 + 0.3 * 0.5))
+    # unnormalised scores
+    assert moe.coupling_loss(7 * s, ids, s / 3, following).item() == pytest.approx(-0.8 * 0.7)
+    # 0 -> 2, 1 -> 0, 2 -> 1
+    paths = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert moe.coupling_loss(s, ids, s, following,
+                             paths).item() == pytest.approx(-(0.5 * 0.2 + 0.3 * 0.5))
     uniform = torch.full((3, 3), 1 / 3)
     assert moe.coupling_loss(s, ids, s, following, uniform).item() == pytest.approx(-0.8 * 0.7 / 3)
 
 
 def test_neuron_balance_is_the_literal_sum():
-    """F * sum_j q_j mean_{x,k} softmax(W_z z)_j: even use and even scores cost 1, one neuron for all costs F."""
+    """F * sum_j q_j mean_{x,k} softmax(W_z z)_j: even use and even scores cost 1, one neuron for
+    all costs F."""
     scores, width = normal(T, SAMPLES, 6).requires_grad_(), 6
     counts = torch.tensor([5.0, 0, 3, 2, 0, 1])
     total = 0
     for j in range(width):
-        p = sum(scores[t, k].exp()[j] / scores[t, k].exp().sum() for t in range(T) for k in range(SAMPLES)) / (T * SAMPLES)
+        p = sum(scores[t, k].exp()[j] / scores[t, k].exp().sum() for t in range(T)
+                for k in range(SAMPLES)) / (T * SAMPLES)
         total = total + width * counts[j].item() / 11 * p
     loss = losses.neuron_balance_loss(scores, counts)
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
     assert torch.allclose(*(torch.autograd.grad(v, scores)[0] for v in (loss, total)), atol=1e-7)
-    assert losses.neuron_balance_loss(torch.zeros(T, 2, 6), torch.ones(6)).item() == pytest.approx(1)
+    assert losses.neuron_balance_loss(torch.zeros(T, 2, 6),
+                                      torch.ones(6)).item() == pytest.approx(1)
     peaked = torch.tensor([50.0, 0, 0, 0, 0, 0]).expand(T, 2, 6)
-    assert losses.neuron_balance_loss(peaked, torch.tensor([9.0, 0, 0, 0, 0, 0])).item() == pytest.approx(6)
+    assert losses.neuron_balance_loss(peaked, torch.tensor([9.0, 0, 0, 0, 0,
+                                                            0])).item() == pytest.approx(6)
 
 
 def test_losses_are_pure_functions():
-    """Twice the same value, inputs untouched, no grad mode needed: another codebase may import them."""
+    """Twice the same value, inputs untouched, no grad mode needed: another codebase may import
+    them."""
     scores, counts = scores_and_counts(2)
     ids = scores[0].topk(2, -1).indices
     acts = normal(T, 2, WIDTH)
-    calls = [lambda: moe.pool_loss(scores, counts), lambda: moe.z_loss(scores[0]), lambda: moe.specialization_loss(acts),
+    calls = [lambda: moe.pool_loss(scores, counts), lambda: moe.z_loss(scores[0]),
+             lambda: moe.specialization_loss(acts),
              lambda: moe.coupling_loss(scores[0], ids, scores[1], ids)]
     before = [t.detach().clone() for t in (*scores, *counts, ids, acts)]
     for call in calls:
@@ -1016,7 +1138,7 @@ def test_losses_are_pure_functions():
     assert all(torch.equal(a, b) for a, b in zip(before, (*scores, *counts, ids, acts)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 8. Diagnostics, by hand.
 
 def test_expert_counts():
@@ -1026,7 +1148,8 @@ def test_expert_counts():
 
 
 def test_load_diagnostics():
-    counts = torch.tensor([[4.0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 0, 0], [0, 0, 0, 0]])  # collapse, even, half, nothing counted
+    # collapse, even, half, nothing counted
+    counts = torch.tensor([[4.0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 0, 0], [0, 0, 0, 0]])
     assert losses.max_share(counts).tolist() == [4, 1, 2, 0]
     assert losses.dead_share(counts).tolist() == [0.75, 0, 0.5, 1]
     assert losses.imbalance(counts).tolist() == [4, 1, 2, 0]
@@ -1035,7 +1158,8 @@ def test_load_diagnostics():
 
 
 def test_routing_entropy():
-    assert losses.routing_entropy(torch.full((3, 8), 0.3)).item() == pytest.approx(1)  # undecided, whatever the scale
+    # undecided, whatever the scale
+    assert losses.routing_entropy(torch.full((3, 8), 0.3)).item() == pytest.approx(1)
     assert losses.routing_entropy(torch.eye(4)).item() == pytest.approx(0)
     mixed = torch.tensor([[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]])
     assert losses.routing_entropy(mixed).item() == pytest.approx((0.5 + 0) / 2)
@@ -1048,22 +1172,27 @@ def test_entropies_of_a_single_expert_are_zero_not_nan():
 
 
 def test_paths():
-    """Counts of (this layer's expert, the next layer's) pairs; consistency from first choices only."""
-    ids, following = torch.tensor([[0, 1], [0, 2], [0, 1], [1, 0]]), torch.tensor([[2, 1], [2, 0], [1, 0], [0, 2]])
+    """Counts of (this layer's expert, the next layer's) pairs; consistency from first choices
+    only."""
+    ids = torch.tensor([[0, 1], [0, 2], [0, 1], [1, 0]])
+    following = torch.tensor([[2, 1], [2, 0], [1, 0], [0, 2]])
     expected = torch.zeros(3, 3)
     for e, v in zip(ids.tolist(), following.tolist()):
         for i, j in itertools.product(e, v):
             expected[i, j] += 1
     assert torch.equal(losses.path_counts(ids, following, 3), expected)
-    # first choices: 0->2, 0->2, 0->1, 1->0. The most frequent successor of 0 is 2 (2 of 3), of 1 is 0 (1 of 1).
+    # first choices: 0->2, 0->2, 0->1, 1->0. The most frequent successor of 0 is 2 (2 of 3), of 1 is
+    # 0 (1 of 1).
     assert losses.path_consistency(ids, following, 3).item() == pytest.approx(3 / 4)
 
 
 def test_unique_experts():
     """UniPool's figure: distinct experts per token over depth, over L*K."""
-    ids = torch.tensor([[[0], [1]], [[3], [2]], [[0], [3]], [[3], [4]]])  # L = 4, T = 2: {0, 3}, met in turns, and {1, 2, 3, 4}
+    # L = 4, T = 2: {0, 3}, met in turns, and {1, 2, 3, 4}
+    ids = torch.tensor([[[0], [1]], [[3], [2]], [[0], [3]], [[3], [4]]])
     assert losses.unique_experts(ids).item() == pytest.approx((2 / 4 + 4 / 4) / 2)
-    assert losses.unique_experts(torch.tensor([[[0, 1]], [[1, 2]]])).item() == pytest.approx(3 / 4)  # top-2: {0, 1, 2} of 4
+    # top-2: {0, 1, 2} of 4
+    assert losses.unique_experts(torch.tensor([[[0, 1]], [[1, 2]]])).item() == pytest.approx(3 / 4)
 
 
 def test_overlap():
@@ -1076,5 +1205,6 @@ def test_overlap():
 def test_pair_cosines_in_a_compiled_graph(k):
     a = normal(T, k, 7).requires_grad_()
     compiled = torch.compile(losses.pair_cosines, backend="aot_eager")
-    results = [(cos := f(a), *torch.autograd.grad(cos.square().sum(), a)) for f in (losses.pair_cosines, compiled)]
+    results = [(cos := f(a), *torch.autograd.grad(cos.square().sum(), a))
+               for f in (losses.pair_cosines, compiled)]
     assert all(torch.allclose(x, y, rtol=1e-12, atol=1e-14) for x, y in zip(*results))
