@@ -52,7 +52,7 @@ class ModelConfig:
 
     # experts
     flavour: Literal[tuple(moe.FLAVOURS)] = "dense"  # sets the fields below
-    expert: Literal[tuple(moe.BANKS)] | None = None  # kind of discrete expert
+    expert: Literal[tuple(moe.BANKS)] | None = None  # kind of discrete expert; None: ffn
     n_experts: int | None = None  # per layer; for a pool: its size M; None: 8 (unipool 8 per layer)
     top_k: int | None = None  # experts per token
     n_shared_experts: int | None = None  # always-on experts beside the chosen ones
@@ -80,7 +80,7 @@ class ModelConfig:
     infmoe_z: Literal["independent", "shared", "hierarchical"] | None = None  # codes of the layers
     infmoe_components: int | None = None  # Gaussians in the router's mixture
     infmoe_mean: bool | None = None  # z = mu everywhere: deterministic, one mask
-    infmoe_mean_from: int | None = None  # hidden layers from this one on (0: first) use z = mu
+    infmoe_mean_from: int | None = None  # hidden layers from this one on use z = mu; None: none
     infmoe_share_mask: bool | None = None  # one mask for all hidden layers
     infmoe_hidden: int | None = None  # width of a hidden layer in the router; 0: linear maps
 

@@ -66,6 +66,11 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 # 1. Discrete routers: they differ in the map from logits to scores
 
 
+def check_top_k(top_k: int, n_experts: int) -> None:
+    if not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k={top_k} must lie between 1 and n_experts={n_experts}")
+
+
 class Router(nn.Module):
     """Scores all experts and picks the top K. Subclasses define `scores`.
 
@@ -80,8 +85,7 @@ class Router(nn.Module):
     def __init__(self, d_model: int, n_experts: int, top_k: int, norm_topk_prob: bool = False,
                  selection_bias: bool = False):
         super().__init__()
-        if not 1 <= top_k <= n_experts:
-            raise ValueError(f"top_k={top_k} must lie between 1 and n_experts={n_experts}")
+        check_top_k(top_k, n_experts)
         self.n_choices, self.norm_topk_prob = top_k, norm_topk_prob
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # (E, D)
         self.register_buffer("bias", torch.zeros(n_experts) if selection_bias else None)
@@ -177,14 +181,14 @@ class HashRouter(nn.Module):
 
     def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
         super().__init__()
+        check_top_k(top_k, n_experts)
         self.n_experts, self.n_choices, self.bias = n_experts, top_k, None
 
     def forward(self, x, noise_seeds=None, token_ids=None):
         first = hash32(token_ids) % self.n_experts  # (T,)
         ids = (first[:, None] + torch.arange(self.n_choices, device=x.device)) % self.n_experts
-        gates = torch.full(ids.shape, 1 / self.n_choices, device=x.device)  # (T, K)
-        if x.dtype == torch.float64:
-            gates = gates.double()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gates = torch.full(ids.shape, 1 / self.n_choices, device=x.device, dtype=dtype)  # (T, K)
         scores = gates.new_zeros(len(x), self.n_experts).scatter(1, ids, gates)  # (T, E)
         return Routing(gates, ids, scores, scores)
 

@@ -29,7 +29,6 @@ from torch._subclasses.fake_tensor import (
 )
 
 import losses
-import model as model_file
 import moe
 from model import GPT
 from support import auxiliary
@@ -394,9 +393,9 @@ def check_balance_of_parts(overrides, monkeypatch):
     model, (tokens, targets), keys = build(**overrides).double(), real_text(4, 16), torch.arange(4)
     whole, counted = gradients(model, tokens, targets, noise_key=keys), []
     parts = list(zip(tokens.chunk(2), targets.chunk(2), keys.chunk(2)))
-    monkeypatch.setattr(model_file, "sum_over_ranks", lambda x: counted.append(x) or x)
+    monkeypatch.setattr(auxiliary, "sum_over_ranks", lambda x: counted.append(x) or x)
     accumulated = mean_gradients(model, parts)
-    monkeypatch.setattr(model_file, "sum_over_ranks", lambda x: counted[0] + counted[1])
+    monkeypatch.setattr(auxiliary, "sum_over_ranks", lambda x: counted[0] + counted[1])
     assert_close(whole, mean_gradients(model, parts))
     return whole[0], accumulated[0]
 

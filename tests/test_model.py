@@ -34,7 +34,7 @@ from torch import nn
 import model as model_file
 import moe
 from model import GPT, ModelConfig, load_checkpoint
-from support import decoding, noise, rules
+from support import auxiliary, cpu, decoding, noise, rules
 from support.decoding import sample_token
 
 FIELDS = [f.name for f in dataclasses.fields(ModelConfig)]
@@ -932,13 +932,13 @@ def test_infmoe_statistics_meet_other_positions_in_every_sequence(monkeypatch):
     """At block_size 1024 an even stride would ask the same few positions of all sequences."""
     model = build(flavour="infmoe", n_layer=1, block_size=1024).train()
     met = []
-    every_nth = model_file.every_nth
+    every_nth = auxiliary.every_nth
 
     def spy(codes, step):
         index = torch.arange(codes[0].mu.shape[0])
         met.append(every_nth([moe.Codes(index, index, index)], step)[0].mu)
         return every_nth(codes, step)
-    monkeypatch.setattr(model_file, "every_nth", spy)
+    monkeypatch.setattr(auxiliary, "every_nth", spy)
     for batch in (2, 4):
         tokens = random_tokens(batch, 1024)
         model(tokens, tokens)
@@ -1098,7 +1098,7 @@ def test_missing_checkpoint_names_the_command(tmp_path):
 def test_plain_attention_is_torchs(shape):
     """What a CPU uses in bf16: outputs and gradients of torch's fused attention, in float64."""
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    ours = model_file.plain_attention(*inputs)
+    ours = cpu.plain_attention(*inputs)
     fused = F.scaled_dot_product_attention(*inputs, is_causal=True)
     assert torch.allclose(ours, fused, atol=1e-6)  # scores are fp32
     grad = torch.randn(shape, dtype=torch.float64)
