@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import losses
 import moe
 from support import auxiliary, cpu, rules
+from support import checkpoint as checkpoints
 from support.decoding import KVCache, sample_token
 from support.deep import CodeRouter
 from support.noise import noise_seeds
@@ -469,17 +470,8 @@ class GPT(nn.Module):
 
 
 def load_checkpoint(path):
-    """The dictionary in a checkpoint file: tensors and plain values only (weights_only), on the CPU."""
-    if not os.path.exists(path):
-        folder = os.path.dirname(path) or "."
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with  python train.py --out_dir={folder}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        dict(saved)["model"], ModelConfig(**saved["model_config"])
-        return saved
-    except Exception as error:  # a truncated zip, a hostile pickle, another program's file: torch has a type for each
-        raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}: truncated, or not one of ours): "
-                         "train again with --overwrite, or name another folder") from error
+    """The dictionary in a checkpoint file, checked; see support.checkpoint.load."""
+    return checkpoints.load(path, ModelConfig, GPT)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ import moe
 from configurator import fail, parse
 from lab import evaluate
 from support import figures, hf
-from support.machine import newest_run, pick_device
+from support.checkpoint import newest_run
+from support.machine import pick_device
 from support.shards import ShardReader, load_meta
 
 FAMILIES = "Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3, gpt-oss and Granite-MoE"

@@ -19,7 +19,8 @@ import torch
 
 from configurator import fail, parse
 from model import GPT, load_checkpoint
-from support.machine import newest_run, pick_device
+from support.checkpoint import newest_run
+from support.machine import pick_device
 from support.tokenizer import get_tokenizer
 
 

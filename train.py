@@ -34,14 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import fail, parse
-from model import GPT, ModelConfig, load_checkpoint
+from model import GPT, ModelConfig
+from support import checkpoint
+from support.checkpoint import gather_state, load_optimizer, lock, write_atomically
 from support.machine import (
     accumulation_steps,
     flops_per_token,
-    gather_state,
     join_ranks,
     keep_memory,
-    load_optimizer,
     peak_flops,
     pick_compile,
     pick_dtype,
@@ -185,9 +185,8 @@ def load_weights(model, weights, source):
 
 def make_optimizer(run):
     """AdamW, fused; weight decay on everything that multiplies, not on norms, biases and scales."""
-    c, params = run.config, list(run.model.parameters())
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": c.weight_decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    c, (decayed, plain) = run.config, checkpoint.parameter_groups(run.model)
+    groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=run.ranks.device.type in ("cpu", "cuda"))
     if c.shard == "zero1":
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
@@ -282,23 +281,6 @@ def save(run, step, seconds, val_loss):
     run.saved = step
 
 
-def write_atomically(path, write):
-    """A temporary file, fsync, rename: a crash or a full disk at any moment leaves what was there before."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename has to reach the disk as well
-    os.close(folder)
-
-
 def open_folder(model_config, config, step):
     """Make out_dir ready for the steps after `step`: nothing of an older run may be taken for this one's. -> settings"""
     folder, settings = Path(config.out_dir), {"model": asdict(model_config), "train": asdict(config)}
@@ -311,7 +293,7 @@ def open_folder(model_config, config, step):
             for name in ("ckpt.pt", "log.csv", "loss.png"):
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(f"out_dir={folder} cannot be written: {error.strerror}") from error
+        raise OSError(f"out_dir={folder} cannot be written: {error.strerror or error}") from error
     return settings
 
 
@@ -344,7 +326,8 @@ def load_start(config):
     if config.init_from == "gpt2" or config.init_from.startswith("hf:"):
         model = GPT.from_hf(config.init_from.removeprefix("hf:"))
         return {"model": model.state_dict(), "model_config": asdict(model.config)}
-    return load_checkpoint(os.path.join(config.out_dir if config.init_from == "resume" else config.init_from, "ckpt.pt"))
+    folder = config.out_dir if config.init_from == "resume" else config.init_from
+    return checkpoint.load(Path(folder, "ckpt.pt"), ModelConfig, GPT, resume=config.init_from == "resume")
 
 
 def check_start(model_config, config, start):

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from configurator import fail, nearest, parse
 from lab import write_atomically
 from model import GPT, KVCache, ModelConfig, load_checkpoint
-from support.machine import newest_run, pick_device
+from support.checkpoint import newest_run
+from support.machine import pick_device
 from support.tokenizer import get_tokenizer
 
 FIVE = "arc_easy,arc_challenge,piqa,hellaswag,winogrande"

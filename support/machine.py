@@ -13,13 +13,9 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 
 # ---- device and precision
 
@@ -100,14 +96,6 @@ def accumulation_steps(config, block_size, n_ranks):
         raise ValueError(f"batch_tokens={config.batch_tokens} is not a multiple of {micro} = micro_batch {config.micro_batch} x "
                          f"block_size {block_size} x {n_ranks} ranks; try {math.ceil(config.batch_tokens / micro) * micro}")
     return config.batch_tokens // micro
-
-
-def newest_run(folder="out"):
-    """The folder of the checkpoint that was written last, somewhere in `folder`."""
-    found = sorted(Path(folder).glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"no checkpoint under {folder}/: train one with  python train.py, or name a folder by --out_dir")
-    return found[-1].parent
 
 
 # ---- ranks, and how a run ends before its time
@@ -210,35 +198,3 @@ def shard_model(model, ranks, dtype):
             fully_shard(bank, mesh=mesh, mp_policy=policy, reshard_after_forward=model.config.flavour != "infmoe")
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def load_optimizer(optimizer, saved):
-    """The whole state, as a checkpoint has it, into an optimizer that may hold a part. Its options stay as configured."""
-    def part(value, param):
-        if isinstance(param, DTensor) and value.shape == param.shape:
-            return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
-        return value
-
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    state = {i: {k: part(v, params[i]) for k, v in entry.items()} for i, entry in saved["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-    for group, configured in zip(optimizer.param_groups, options):
-        group.update(configured)
-
-
-def gather_state(model, optimizer, ranks):
-    """State dictionaries of model and optimizer, whole and the same for every way to shard. All ranks must come; rank 0 alone
-    is sure to get them."""
-    def fetch(value):  # one tensor at a time: a GPU has no room for all of them
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-            return value.cpu() if ranks.rank == 0 else None
-        return value
-
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict(to=0)
-        state = optimizer.state_dict() if ranks.rank == 0 else None
-    else:
-        state = tree_map(fetch, optimizer.state_dict())
-    return {name: fetch(value) for name, value in model.state_dict().items()}, state

@@ -10,7 +10,7 @@ from train_helpers import FLAVOURS, PYTHON, ROOT, SIZE, TRAINING, make_data, run
 import sample
 import train
 from model import GPT, ModelConfig
-from support.machine import newest_run
+from support.checkpoint import newest_run
 from support.tokenizer import get_tokenizer
 
 

@@ -39,6 +39,7 @@ from train_helpers import (
 
 import train
 from model import GPT, ModelConfig
+from support import checkpoint as checkpoints
 from support import machine, report
 from support.shards import ShardReader, write_shard
 
@@ -742,12 +743,12 @@ def test_gpu_peaks(monkeypatch):
 
 def test_newest_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python train.py"):
-        machine.newest_run(tmp_path)
+        checkpoints.newest_run(tmp_path)
     for i, name in enumerate(("b", "a/deep", "c")):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "ckpt.pt").write_text("")
         os.utime(tmp_path / name / "ckpt.pt", (i % 2, i % 2))
-    assert machine.newest_run(tmp_path) == tmp_path / "a/deep"
+    assert checkpoints.newest_run(tmp_path) == tmp_path / "a/deep"
 
 
 def test_random_runs_resume(data, tmp_path, monkeypatch):

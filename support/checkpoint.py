@@ -1,0 +1,279 @@
+"""Checkpoints: one atomic writer, one lock, one loader that checks every value before a model sees it.
+
+A checkpoint is a dictionary (SCHEMA) that torch.save writes as a zip of plain tensors. It may come
+from a stranger or from a failing disk, so it is checked in this order: the zip's sizes and checksums,
+the names that its pickle may call, then keys, types, shapes and values against its own model_config,
+on the meta device, where a model costs no memory.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import math
+import os
+import pickletools
+import typing
+import zipfile
+from pathlib import Path
+
+import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+SCHEMA = {  # key: its types. The first two make a model, all but the last are needed to go on
+    "model": dict, "model_config": dict, "optimizer": dict, "scaler": dict, "step": int,
+    "seconds": (int, float), "val_loss": (int, float, type(None)), "tokenizer": str,
+    "train_config": dict, "tokenizer_sha256": (str, type(None))}  # fmt: skip
+CALLABLE = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")  # and names of storages
+TOKENIZER_FILE = "tokenizer.tiktoken"  # copy of the rank file that a run was trained with
+
+
+# ---- writing
+
+
+def write_atomically(path, write):
+    """Call write(f) on a temporary file beside `path`, then rename it: whole, or as it was before.
+
+    OSError names the path; nothing is left behind, and a link is replaced, never followed.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # left by a kill, or a link to somewhere else
+        with open(temporary, "xb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch may hide a full disk in the latter
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise OSError(f"{path} cannot be written: {reason}") from error
+        raise
+
+
+def sync_folder(folder):
+    """A rename has to reach the disk as well."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """One process at a time in `folder` (made if need be); BlockingIOError for the second.
+
+    The lock is the folder's own, so it leaves no file, and ends with the process however that ends.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlockingIOError(f"{folder} is in use by another process: wait for it, or name "
+                              "another folder with --out_dir") from None
+    except OSError:  # a network file system without locks: as if there were none
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def gather_state(model, optimizer, ranks):
+    """State dictionaries of model and optimizer, the same for every way to shard.
+
+    All ranks must come; rank 0 alone is sure to get them.
+    """
+    def fetch(value):  # one tensor at a time: a GPU has no room for all of them
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+            return value.cpu() if ranks.rank == 0 else None
+        return value
+
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
+        state = optimizer.state_dict() if ranks.rank == 0 else None
+    else:
+        state = tree_map(fetch, optimizer.state_dict())
+    return {name: fetch(value) for name, value in model.state_dict().items()}, state
+
+
+# ---- reading
+
+
+def newest_run(folder="out"):
+    """The folder of the checkpoint that was written last, somewhere in `folder`."""
+    found = sorted(Path(folder).glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"no checkpoint under {folder}/: train one with  python train.py, "
+                                "or name a folder by --out_dir")
+    return found[-1].parent
+
+
+def load(path, config_class, model_class, resume=False):
+    """The dictionary in a checkpoint, every value of it checked; tensors are on the CPU.
+
+    config_class, model_class: what its model_config and its weights must fit. resume: what only a
+    resumed run needs must be there, too. FileNotFoundError, or ValueError in one line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: train one with  "
+                                f"python train.py --out_dir={path.parent}")
+    try:
+        check_archive(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        check_keys(saved, resume)
+        model = meta_model(saved, config_class, model_class)
+        check_tensors("model", saved["model"], model.state_dict())
+        if "optimizer" in saved:
+            check_optimizer(saved["optimizer"], model)
+        find_tokenizer(saved, path.parent)
+        return saved
+    except Exception as error:  # a damaged zip or pickle: zipfile, pickle and torch have many types
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        reason = (str(error).splitlines() or ["damaged"])[0][:300]
+        raise ValueError(f"{path} is no readable checkpoint ({kind}{reason}): train again with "
+                         "--overwrite, or name another folder") from error
+
+
+def require(condition, problem):
+    if not condition:
+        raise ValueError(problem)
+
+
+def check_archive(path):
+    """The zip holds no more than its size says, its checksums are right, its pickle only tensors."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+        require(unpacked <= path.stat().st_size, f"{unpacked:,} bytes packed into "
+                f"{path.stat().st_size:,}: train.py does not compress")
+        damaged = archive.testzip()
+        require(damaged is None, f"the checksum of {damaged} is wrong: the file was damaged")
+        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        require(len(pickles) == 1, "not written by torch.save")
+        for operation, name, _ in pickletools.genops(archive.read(pickles[0])):
+            if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST"):
+                words = str(name).split(" ")
+                storage = words[0] == "torch" and words[-1].endswith("Storage")
+                require(storage or name in CALLABLE, f"it wants to call {name}")
+
+
+def check_keys(saved, resume):
+    """Keys and plain values."""
+    require(isinstance(saved, dict), f"it holds a {type(saved).__name__}")
+    needed = list(SCHEMA)[: -1 if resume else 2]
+    missing = [key for key in needed if key not in saved]
+    require(not missing, f"{', '.join(missing)} is missing")
+    for key, value in saved.items():
+        require(key in SCHEMA, f"unknown key {key!r:.80}")
+        right = isinstance(value, SCHEMA[key]) and not isinstance(value, bool)
+        require(right, f"{key} is a {type(value).__name__}")
+        number = isinstance(value, (int, float))
+        require(not number or 0 <= value < math.inf, f"{key} is {value!r:.80}")
+    for key, value in saved.get("scaler", {}).items():
+        number = type(value) in (int, float) and 0 <= value < math.inf
+        require(number, f"scaler.{key} is {value!r:.80}")
+
+
+def meta_model(saved, config_class, model_class):
+    """The model that the checkpoint says it holds, without memory for its weights."""
+    settings, n = saved["model_config"], len(saved["model"])
+    for name in ("n_layer", "infmoe_depth"):  # a billion layers take long even without memory
+        value = settings.get(name)
+        require(type(value) is not int or value <= n, f"{name}={value} and {n} tensors")
+    config = config_class(**settings)
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def check_tensors(what, tensors, expected):
+    """Names, shapes, dtypes and layouts are those of `expected`, and every value is finite."""
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    require(not missing, f"{what} lacks {len(missing)} tensors, among them {min(missing, default=0)}")
+    require(not unknown, f"{what} has {len(unknown)} tensors of no use, as {list(unknown)[:1]!r:.80}")
+    for name, like in expected.items():
+        value, where = tensors[name], f"{what}.{name}"
+        require(isinstance(value, torch.Tensor), f"{where} is a {type(value).__name__}")
+        shapes = tuple(value.shape), tuple(like.shape)
+        require(shapes[0] == shapes[1], f"{where} has shape {shapes[0]}, its model {shapes[1]}")
+        plain = value.layout == torch.strided and value.is_contiguous() and value.is_cpu
+        require(plain and value.dtype == like.dtype, f"{where} is no dense tensor of {like.dtype}")
+        finite = not value.numel() or all(map(math.isfinite, value.aminmax()))  # NaN is passed on
+        require(finite, f"{where} holds NaN or infinite values")
+
+
+# ---- optimizers
+
+
+def parameter_groups(model):
+    """Parameters with weight decay (all that multiplies), and those without (norms, biases, scales).
+
+    Checkpoints number the optimizer's states in this order.
+    """
+    params = list(model.parameters())
+    return [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+
+
+def check_optimizer(saved, model):
+    """AdamW's states: one for each parameter, of its shape."""
+    decayed, plain = parameter_groups(model)
+    params, n = [*decayed, *plain], len(decayed)
+    require(saved.keys() == {"state", "param_groups"}, "optimizer has other keys than AdamW's")
+    numbers = [group["params"] for group in saved["param_groups"]]
+    require(numbers == [list(range(n)), list(range(n, len(params)))], "optimizer: other parameters")
+    states = saved["state"]
+    require(list(states) == list(range(len(params))), "optimizer: states of other parameters")
+    for i, param in enumerate(params):
+        like = {"step": torch.zeros(()), "exp_avg": param, "exp_avg_sq": param}
+        check_tensors(f"optimizer.{i}", states[i], like)
+        require(states[i]["step"] >= 0 and not (states[i]["exp_avg_sq"] < 0).any(),
+                f"optimizer.{i} holds a negative step or square")
+
+
+def load_optimizer(optimizer, saved):
+    """A checkpoint's states into an optimizer that may hold a part of each, or of all.
+
+    The optimizer's options (rates, betas, decay) stay as they are configured now.
+    """
+    def part(value, param):
+        if isinstance(param, DTensor) and value.shape == param.shape:
+            return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+        return value
+
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = {i: {k: part(v, params[i]) for k, v in entry.items()} for i, entry in saved["state"].items()}
+    numbers = [group["params"] for group in saved["param_groups"]]
+    groups = [{**option, "params": number} for option, number in zip(options, numbers)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for group, configured in zip(optimizer.param_groups, options):
+        group.update(configured)
+
+
+# ---- the tokenizer of a run
+
+
+def sha256_of(spec):
+    """The hash of a rank file; None for the built-in tokenizers, whose name says everything."""
+    return hashlib.sha256(Path(spec).read_bytes()).hexdigest() if spec.endswith(".tiktoken") else None
+
+
+def find_tokenizer(saved, folder):
+    """Point saved["tokenizer"] to the copy in the checkpoint's folder, if it is the right file."""
+    expected, copy = saved.get("tokenizer_sha256"), Path(folder, TOKENIZER_FILE)
+    if expected is None:
+        return
+    spec = str(copy) if copy.is_file() else saved["tokenizer"]
+    require(Path(spec).is_file(), f"its tokenizer {spec} is gone")
+    require(sha256_of(spec) == expected, f"{spec} is not the tokenizer that it was trained with")
+    saved["tokenizer"] = spec
