@@ -1,26 +1,35 @@
-"""Train a language model, dense or mixture of experts, on a folder of token shards: one loop, from one CPU to many nodes.
+"""Train a language model, dense or mixture of experts, on a folder of token shards.
 
-    python train.py                                        # a small dense GPT on data/stdlib: minutes on a CPU
-    python train.py config/tiny_moe.py --lr=5e-4           # a config file, and what differs from it
-    python train.py --init_from=resume --out_dir=out/x     # go on where a run stopped: the same curve, bit for bit on a CPU
-    python train.py config/unipool_978m.py --plan=8        # parameters, memory, FLOPs and time on 8 GPUs; trains nothing
+One loop, from one CPU to many nodes:
+
+    python train.py                                     # a small dense GPT on data/stdlib, on a CPU
+    python train.py config/tiny_moe.py --lr=5e-4        # a config file, and what differs from it
+    python train.py --init_from=resume --out_dir=out/x  # go on where a run stopped, bit for bit
+    python train.py config/unipool_978m.py --plan=8     # memory, FLOPs and time on 8 GPUs, no training
     torchrun --standalone --nproc_per_node=8 train.py config/unipool_182m.py
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/unipool_978m.py \\
-        --shard=fsdp --recompute                           # the same line on every node; out_dir on a disk they share
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train.py config/unipool_978m.py --shard=fsdp --recompute
+                                        # the same line on every node; out_dir on a disk they share
 
-out_dir receives ckpt.pt, config.json, log.csv and loss.png. Ctrl-C or SIGTERM saves and leaves (exit code 130 or 143).
-Data, noise and dropout are pure functions of (seed, step), so model, optimizer and step are all that a checkpoint needs.
+out_dir receives ckpt.pt, config.json, log.csv and loss.png. Ctrl-C or SIGTERM saves and leaves
+(exit code 130 or 143). Data, noise and dropout are pure functions of (seed, step), so model,
+optimizer and step are all that a checkpoint needs.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends without a traceback
+
 import contextlib
-import csv
 import functools
+import importlib.util
 import json
 import math
 import os
-import signal
 import sys
 import time
+import typing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -33,23 +42,23 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import kernels
 from configurator import fail, parse
 from model import GPT, ModelConfig
-from support import checkpoint
-from support.checkpoint import gather_state, load_optimizer, lock, write_atomically
-from support.machine import (
-    accumulation_steps,
-    flops_per_token,
-    join_ranks,
-    keep_memory,
-    peak_flops,
-    pick_compile,
-    pick_dtype,
-    shard_model,
-    stop_signals,
+from support import budget, checkpoint, machine
+from support.budget import amount, flops_per_token, span
+from support.checkpoint import write_atomically
+from support.report import (
+    NOT_KEPT,
+    describe,
+    draw_loss,
+    log_row,
+    open_trackers,
+    summary,
+    trim_log,
 )
-from support.report import NOT_KEPT, amount, describe, draw_loss, open_trackers, plan, span, summary
 from support.shards import ShardReader, load_meta
+from support.tokenizer import get_tokenizer
 
 
 @dataclass
@@ -58,14 +67,14 @@ class TrainConfig:
     out_dir: str = "out/run"  # receives ckpt.pt, config.json, log.csv, loss.png
     init_from: str = "scratch"  # scratch | resume | a folder with a checkpoint | gpt2 | hf:NAME_OR_DIR
     overwrite: bool = False  # start anew although out_dir holds a checkpoint
-    plan: bool | int = False  # print parameters, memory, FLOPs and time (--plan=8: on 8 ranks), and leave
+    plan: bool | int = False  # print memory, FLOPs and time (--plan=8: on 8 ranks), and leave
     max_steps: int = 300  # optimizer steps of the whole run
-    batch_tokens: int = 4096  # tokens of one step, over all ranks; gradient accumulation follows from it
+    batch_tokens: int = 4096  # tokens of one step, over all ranks; gradient accumulation follows
     micro_batch: int = 16  # sequences per rank in one forward pass
     lr: float = 1e-3  # peak learning rate (AdamW)
     min_lr: float | None = None  # end of the cosine; None: lr / 10
     warmup_steps: int = 20  # linear warm-up
-    weight_decay: float = 0.1  # on matrices, stacked experts and embeddings; not on norms, biases and scales
+    weight_decay: float = 0.1  # on matrices, stacked experts and embeddings; not on norms and biases
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
@@ -75,26 +84,42 @@ class TrainConfig:
     log_every: int = 1  # steps between rows of log.csv
     seed: int = 1  # of weights, data order, noise and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile
-    recompute: bool = False  # run each block again in the backward pass: less memory, a third more time
-    shard: Literal["none", "zero1", "fsdp"] = "none"  # spread over ranks: nothing | optimizer | optimizer, gradients, weights
+    recompute: bool = False  # run blocks again in the backward pass: less memory, a third more time
+    shard: Literal["none", "zero1", "fsdp"] = "none"  # over ranks: nothing | optimizer | all
     timeout: int = 600  # seconds that ranks wait for one another before they call one lost
     tensorboard: bool = False  # event files in out_dir as well
     wandb: str = ""  # Weights & Biases project to log to as well
     quiet: bool = False  # print nothing but errors
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_tokens", "micro_batch", "eval_tokens", "log_every", "timeout"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("lr", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "seed", "plan"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}: change it or leave it out")
+        for name, kind in typing.get_type_hints(TrainConfig).items():
+            check_type(name, getattr(self, name), typing.get_args(kind) or (kind,))
+        at_least_one = ("max_steps", "batch_tokens", "micro_batch", "eval_tokens", "log_every", "timeout")
+        for name, value in vars(self).items():
+            low = 1 if name in at_least_one else 0
+            if isinstance(value, (int, float)) and not low <= value < 1e15:  # nor NaN
+                raise ValueError(f"{name}={value!s:.40} must be at least {low} and below 10^15")
+            if value == "" and name != "wandb":
+                raise ValueError(f"{name} is empty: give it a value, or leave it out")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be below 1")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}: change it or "
+                             "leave it out")
         if self.shard == "fsdp" and (self.dtype == "float16" or self.compile == "true"):
-            raise ValueError("shard=fsdp needs dtype=bfloat16 or float32, and compile=false: its hooks break the graph")
+            raise ValueError("shard=fsdp needs dtype=bfloat16 or float32, and compile=false: its hooks "
+                             "break the graph")
+
+
+def check_type(name, value, allowed):
+    """ValueError for a value of another type, as a damaged checkpoint may hold it."""
+    right = type(value) in allowed or (type(value) is int and float in allowed)
+    if not right and not (isinstance(value, str) and value in allowed):
+        kinds = " | ".join(kind if isinstance(kind, str) else kind.__name__ for kind in allowed)
+        raise ValueError(f"{name}={value!r:.40}: expected {kinds}")
 
 
 # ---- one run: data, model, optimizer
@@ -108,36 +133,45 @@ def lr_at(config, step):
     return low + (config.lr - low) * (1 + math.cos(math.pi * min(1, progress))) / 2
 
 
-class Run:
+class Trainer:
     """Everything that one training run holds."""
 
     def __init__(self, model_config, config, start, ranks):
         self.model_config, self.config, self.ranks = model_config, config, ranks
-        self.accumulation = accumulation_steps(config, model_config.block_size, ranks.size)
-        shape = dict(block_size=model_config.block_size, vocab_size=model_config.vocab_size, seed=config.seed)
-        self.train_data, self.val_data = (ShardReader(config.dataset, split, **shape) for split in ("train", "val"))
+        size = model_config.block_size
+        self.accumulation = budget.accumulation_steps(config, size, ranks.size)
+        shape = dict(block_size=size, vocab_size=model_config.vocab_size, seed=config.seed)
+        self.train_data = ShardReader(config.dataset, "train", **shape)
+        self.val_data = ShardReader(config.dataset, "val", **shape)
         self.tokenizer = load_meta(config.dataset)["tokenizer"]
+        held = sum(t.nbytes for t in (start or {"model": {}})["model"].values())
+        budget.check_memory(on_meta(model_config), config, ranks.size, ranks.device, 4 * held)
         self.n_params, self.n_active = model_config.n_params(), model_config.n_active_params()
-        self.compiled, self.compile_reason = pick_compile(config, ranks.device, self.n_active)
-        self.dtype, self.dtype_reason = pick_dtype(config, ranks.device, self.compiled)
+        self.compiled, self.compile_reason = machine.pick_compile(config, ranks.device, self.n_active)
+        self.dtype, self.dtype_reason = machine.pick_dtype(config, ranks.device, self.compiled)
+        self.backend = backend_of(self)
         self.model = make_model(self, start)
-        self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compiled else self.model
-        self.ddp = None
+        self.forward, self.ddp = self.model, None
+        if self.compiled:
+            self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
         if ranks.size > 1 and config.shard != "fsdp":
             self.ddp = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
+        fp16 = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
         self.saved = None  # step of the checkpoint in out_dir
         if config.init_from == "resume":
-            load_optimizer(self.optimizer, start["optimizer"])
-            self.scaler.load_state_dict(start["scaler"])
+            machine.load_optimizer(self.optimizer, start["optimizer"])
+            if start["scaler"]:  # empty where the run had another dtype
+                self.scaler.load_state_dict(start["scaler"])
             self.saved = start["step"]
 
     def autocast(self):
-        return torch.autocast(self.ranks.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        low = self.dtype != torch.float32
+        return torch.autocast(self.ranks.device.type, self.dtype, enabled=low)
 
     def batch(self, windows):
-        """windows (B, S+1) -> tokens, targets (B, S) on the device; the copy overlaps with what a GPU is doing."""
+        """windows (B, S+1) -> tokens, targets (B, S) on the device; the copy overlaps a GPU's work."""
         windows = torch.from_numpy(windows)
         if self.ranks.device.type == "cuda":
             windows = windows.pin_memory()
@@ -146,7 +180,7 @@ class Run:
 
     @contextlib.contextmanager
     def micro_step(self, last):
-        """Around a forward and backward pass: only the last of an optimizer step exchanges gradients."""
+        """Around a forward and backward pass: only a step's last one exchanges gradients."""
         if self.config.shard == "fsdp":
             self.model.set_requires_gradient_sync(last)
         with contextlib.nullcontext() if self.ddp is None or last else self.ddp.no_sync():
@@ -156,38 +190,61 @@ class Run:
                 pool.reshard()
 
     def last_checkpoint(self):
-        path = Path(self.config.out_dir, "ckpt.pt")
-        return f"the last good checkpoint is {path} (step {self.saved})" if self.saved else "no checkpoint had been saved"
+        if not self.saved:
+            return "no checkpoint had been saved"
+        return f"the last good checkpoint is {self.config.out_dir}/ckpt.pt (step {self.saved})"
 
 
-def make_model(run, start):
-    torch.manual_seed(run.config.seed)
-    model = GPT(run.model_config)
+def on_meta(model_config):
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return GPT(model_config)
+
+
+def make_model(trainer, start):
+    torch.manual_seed(trainer.config.seed)
+    model = GPT(trainer.model_config)
     if start is not None:
-        load_weights(model, start["model"], run.config.init_from)
-    model.recompute = run.config.recompute
-    if run.config.shard == "fsdp":
-        shard_model(model, run.ranks, run.dtype)
-    return model.to(run.ranks.device)
+        load_weights(model, start["model"], trainer.config.init_from)
+    model.recompute = trainer.config.recompute
+    if trainer.config.shard == "fsdp":
+        machine.shard_model(model, trainer.ranks, trainer.dtype)
+    return model.to(trainer.ranks.device)
+
+
+def backend_of(trainer):
+    """Which matmul implementation the experts get, in words; None where there are none."""
+    m, device = trainer.model_config, trainer.ranks.device
+    if m.flavour == "dense":
+        return None
+    if m.backend != "auto":
+        return f"{m.backend} (as asked)"
+    name, reason = kernels.choose_backend(torch.empty(0, dtype=trainer.dtype, device=device))
+    if m.flavour == "infmoe" and name == "grouped":
+        name = "torch"  # one FFN, nothing to group
+    return f"{name} ({reason})"
 
 
 def load_weights(model, weights, source):
-    """Buffers may be missing (a fine-tuning run may turn on a loss that keeps one), parameters may not."""
+    """Buffers may be missing (a new run may turn on a loss that keeps one), parameters may not."""
     try:
         missing, unknown = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # a shape: the line after the title names it
         raise ValueError(f"init_from={source}: {str(error).splitlines()[1].strip()}") from None
     missing = set(missing) & {name for name, _ in model.named_parameters()}
     if missing or unknown:
-        raise ValueError(f"init_from={source} holds another model: {len(missing)} of the weights here are missing there and "
-                         f"{len(unknown)} of those there are unknown here, among them {sorted([*missing, *unknown])[0]}")
+        raise ValueError(f"init_from={source} holds another model: {len(missing)} of the weights here "
+                         f"are missing there and {len(unknown)} of those there are unknown here, among "
+                         f"them {sorted([*missing, *unknown])[0]}")
 
 
-def make_optimizer(run):
+def make_optimizer(trainer):
     """AdamW, fused; weight decay on everything that multiplies, not on norms, biases and scales."""
-    c, (decayed, plain) = run.config, checkpoint.parameter_groups(run.model)
-    groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=run.ranks.device.type in ("cpu", "cuda"))
+    c, (decayed, plain) = trainer.config, checkpoint.parameter_groups(trainer.model)
+    groups = [{"params": decayed, "weight_decay": c.weight_decay},
+              {"params": plain, "weight_decay": 0.0}]
+    fused = trainer.ranks.device.type in ("cpu", "cuda")
+    options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=fused)
     if c.shard == "zero1":
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
@@ -195,193 +252,250 @@ def make_optimizer(run):
 
 # ---- one step, one validation
 
-def train_step(run, step):
-    """One optimizer step -> loss, auxiliary loss, gradient norm and routing statistics, over all ranks and micro-steps.
+def train_step(trainer, step):
+    """One optimizer step -> loss, auxiliary loss, gradient norm and routing statistics.
 
-    Micro-step a takes, on rank r of R, the windows [(aR+r)B, (aR+r+1)B) of the step's list: what a step sees does not
-    depend on R. The same slice of the step's random keys fixes the noise of each sequence.
+    They are over all ranks and micro-steps. Micro-step a takes, on rank r of R, the windows
+    [(aR+r)B, (aR+r+1)B) of the step's list, and the same slice of its noise seeds: what a step sees
+    does not depend on R. What R ranks promise: with micro_batch x R unchanged, the numbers of one
+    rank (to 6.3e-7, measured). With micro_batch itself unchanged, a balance loss, which is a product
+    of means over a micro-step, sees R times as many tokens: topk and unipool then differ by up to
+    2.1e-4 between 1 and 3 ranks.
     """
-    c, ranks, stats = run.config, run.ranks, {}
-    windows = c.batch_tokens // run.model_config.block_size  # of the step
-    keys = np.random.Philox(np.random.SeedSequence((c.seed, step))).random_raw(windows) >> 1  # alike in every numpy
+    c, ranks, stats = trainer.config, trainer.ranks, {}
+    windows = c.batch_tokens // trainer.model_config.block_size  # of the step
+    # One seed for each window's noise, from raw bits that are alike in every version of numpy.
+    bits = np.random.Philox(np.random.SeedSequence((c.seed, step)))
+    noise_seeds = (bits.random_raw(windows) >> 1).astype(np.int64)
     losses = torch.zeros(2, device=ranks.device)
-    for a in range(run.accumulation):
+    for a in range(trainer.accumulation):
+        # This rank's share of the micro-step.
         first = (a * ranks.size + ranks.rank) * c.micro_batch
-        tokens, targets = run.batch(run.train_data.batch(step * windows + first, c.micro_batch))
-        noise_key = torch.from_numpy(keys[first:first + c.micro_batch].astype(np.int64)).to(ranks.device)
-        torch.manual_seed(int(keys[first]))  # dropout
-        with run.micro_step(last=a == run.accumulation - 1):
-            with run.autocast():
-                out = (run.ddp or run.forward)(tokens, targets, noise_key=noise_key)
+        share = trainer.train_data.batch(step * windows + first, c.micro_batch)
+        tokens, targets = trainer.batch(share)  # (B, S) each
+        seeds = torch.from_numpy(noise_seeds[first:first + c.micro_batch]).to(ranks.device)  # (B,)
+        torch.manual_seed(int(noise_seeds[first]))  # dropout
+        with trainer.micro_step(last=a == trainer.accumulation - 1):
+            # Forward, then backward; gradients add up over the micro-steps to those of their mean.
+            with trainer.autocast():
+                out = (trainer.ddp or trainer.forward)(tokens, targets, noise_key=seeds)
             aux = sum(out.aux.values(), start=torch.zeros_like(out.loss))
-            run.scaler.scale((out.loss + aux) / run.accumulation).backward()
+            trainer.scaler.scale((out.loss + aux) / trainer.accumulation).backward()
         losses += torch.stack((out.loss, aux)).detach()
         stats = {name: value.detach() + stats.get(name, 0) for name, value in out.stats.items()}
-    norm = update(run, lr_at(c, step))
+    # Clip, and move the weights.
+    norm = update(trainer, lr_at(c, step))
+    # Move the state that follows the routing (selection biases, paths), alike on every rank.
     if ranks.size > 1:
         for value in stats.values():
             dist.all_reduce(value)
-    run.model.update_balance(stats)
-    loss, aux = (total / run.accumulation / ranks.size for total in ranks.sum(*losses.tolist()))
+    trainer.model.update_balance(stats)
+    # What is logged are means over micro-steps and ranks.
+    sums = ranks.sum(*losses.tolist())
+    loss, aux = (total / trainer.accumulation / ranks.size for total in sums)
     return loss, aux, norm, stats
 
 
-def update(run, lr):
+def update(trainer, lr):
     """Clip, step, forget the gradients -> gradient norm before clipping."""
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf)
-    for group in run.optimizer.param_groups:
+    trainer.scaler.unscale_(trainer.optimizer)
+    limit = trainer.config.grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
+    for group in trainer.optimizer.param_groups:
         group["lr"] = lr
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad(set_to_none=True)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 @torch.no_grad()
-def validate(run):
-    """Mean cross-entropy in nats per token over the first eval_tokens of the validation split, shared out over the ranks.
+def validate(trainer, eval_tokens):
+    """Mean cross-entropy in nats per token over the first eval_tokens of the validation split.
 
-    All ranks run the same number of batches of one shape (fsdp gathers weights in each, compile wants one shape): the
-    rows beyond the slice have targets that count for nothing.
+    The ranks share them out. All run the same number of batches of one shape (fsdp gathers weights
+    in each, compile wants one shape): rows beyond the slice have targets that count for nothing.
     """
-    c, ranks, size = run.config, run.ranks, run.model_config.block_size
-    n, total = min(max(1, c.eval_tokens // size), run.val_data.n_windows), 0.0
-    run.model.eval()
-    for first in range(ranks.rank * c.micro_batch, ranks.rank * c.micro_batch + n, c.micro_batch * ranks.size):
+    c, ranks, size = trainer.config, trainer.ranks, trainer.model_config.block_size
+    n, total = min(max(1, eval_tokens // size), trainer.val_data.n_windows), 0.0
+    mine = ranks.rank * c.micro_batch
+    trainer.model.eval()
+    for first in range(mine, mine + n, c.micro_batch * ranks.size):
         real = min(max(0, n - first), c.micro_batch)
         windows = np.zeros((c.micro_batch, size + 1), dtype=np.int64)
         if real:
-            windows[:real] = run.val_data.sequential(first, real)
-        tokens, targets = run.batch(windows)
+            windows[:real] = trainer.val_data.sequential(first, real)
+        tokens, targets = trainer.batch(windows)
         targets[real:] = -100
-        with run.autocast():
-            loss = run.forward(tokens, targets).loss
+        with trainer.autocast():
+            loss = trainer.forward(tokens, targets).loss
         total += loss.item() * real if real else 0.0
-    run.model.train()
+    trainer.model.train()
     return ranks.sum(total)[0] / n
 
 
 # ---- what a run leaves on disk
 
-def save(run, step, seconds, val_loss):
-    """out_dir/ckpt.pt, the same on any number of ranks: all gather, rank 0 writes, all hear how it went."""
-    c, problem = run.config, None
-    model, optimizer = gather_state(run.model, run.optimizer, run.ranks)
-    if run.ranks.rank == 0:
-        state = {"step": step, "seconds": seconds, "val_loss": val_loss, "model": model, "optimizer": optimizer,
-                 "scaler": run.scaler.state_dict(), "tokenizer": run.tokenizer, "model_config": asdict(run.model_config),
-                 "train_config": asdict(c)}
+def open_folder(trainer, settings, step):
+    """Once a first step has worked: nothing of an older run may be taken for this one's."""
+    c, folder = trainer.config, Path(trainer.config.out_dir)
+    write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    if trainer.tokenizer.endswith(".tiktoken"):
+        ranks = Path(trainer.tokenizer).read_bytes()
+        write_atomically(folder / checkpoint.TOKENIZER_FILE, lambda f: f.write(ranks))
+    if c.init_from == "resume":
+        trim_log(folder / "log.csv", step)
+    else:
+        for name in ("ckpt.pt", "log.csv", "loss.png"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def save(trainer, step, seconds, val_loss):
+    """out_dir/ckpt.pt, the same on any number of ranks: all gather, rank 0 writes, all hear of it."""
+    c, problem = trainer.config, None
+    model, optimizer = machine.gather_state(trainer.model, trainer.optimizer, trainer.ranks)
+    if trainer.ranks.rank == 0:
+        state = {"step": step, "seconds": seconds, "val_loss": val_loss, "model": model,
+                 "optimizer": optimizer, "scaler": trainer.scaler.state_dict(),
+                 "tokenizer": trainer.tokenizer,
+                 "tokenizer_sha256": checkpoint.sha256_of(trainer.tokenizer),
+                 "model_config": asdict(trainer.model_config), "train_config": asdict(c)}
         try:
             write_atomically(Path(c.out_dir, "ckpt.pt"), lambda f: torch.save(state, f))
-        except (OSError, RuntimeError) as error:  # torch hides a full disk in a RuntimeError
-            problem = str(error).splitlines()[0]
-    if run.ranks.sum(problem is not None)[0]:
-        raise OSError(f"could not save step {step} to {c.out_dir}: {problem or 'see rank 0'}; {run.last_checkpoint()}")
-    run.saved = step
+        except OSError as error:
+            problem = error
+    if trainer.ranks.sum(problem is not None)[0]:
+        raise OSError(f"could not save step {step}: {problem or 'see rank 0'}; "
+                      f"{trainer.last_checkpoint()}")
+    trainer.saved = step
 
 
-def open_folder(model_config, config, step):
-    """Make out_dir ready for the steps after `step`: nothing of an older run may be taken for this one's. -> settings"""
-    folder, settings = Path(config.out_dir), {"model": asdict(model_config), "train": asdict(config)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode()))
-        if config.init_from == "resume":
-            trim_log(folder / "log.csv", step)
-        else:
-            for name in ("ckpt.pt", "log.csv", "loss.png"):
-                (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(f"out_dir={folder} cannot be written: {error.strerror or error}") from error
-    return settings
+def check_good(trainer, step, val_loss):
+    """Before saving: a checkpoint that cannot go on must not replace one that can.
+
+    Every weight is finite, and so is the loss that they give: val_loss, or that of a few windows.
+    """
+    mine = (p.to_local() if isinstance(p, DTensor) else p for p in trainer.model.parameters())
+    broken = sum(not p.isfinite().all() for p in mine)
+    if val_loss is None:
+        val_loss = validate(trainer, trainer.config.micro_batch * trainer.model_config.block_size)
+    if trainer.ranks.sum(broken)[0] or not math.isfinite(val_loss):
+        raise FloatingPointError(f"step {step} left weights that give a loss of {val_loss:.4g}, and is "
+                                 f"not saved; {trainer.last_checkpoint()}; a lower --lr may help")
 
 
-def trim_log(path, step):
-    """Drop the rows after `step`, and a last line that a crash cut short."""
-    if path.exists():
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        lines = lines[:1] + [line for line in lines[1:] if int(line.split(b",")[0]) <= step]
-        write_atomically(path, lambda f: f.writelines(lines))
-
-
-def log_row(path, row):
-    """Append to log.csv, opened and closed each time: a row is there whatever comes next."""
-    try:
-        with open(path, "a", newline="") as f:
-            writer = csv.DictWriter(f, row)
-            if f.tell() == 0:
-                writer.writeheader()
-            writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
-    except OSError as error:
-        raise OSError(f"step {row['step']} cannot be written to {path}: {error.strerror}") from error
-
-
-# ---- the loop
+# ---- what a run starts from
 
 def load_start(config):
-    """What a run starts from: None, or a dictionary like a checkpoint's."""
+    """None, or a dictionary like a checkpoint's."""
     if config.init_from == "scratch":
         return None
     if config.init_from == "gpt2" or config.init_from.startswith("hf:"):
         model = GPT.from_hf(config.init_from.removeprefix("hf:"))
         return {"model": model.state_dict(), "model_config": asdict(model.config)}
-    folder = config.out_dir if config.init_from == "resume" else config.init_from
-    return checkpoint.load(Path(folder, "ckpt.pt"), ModelConfig, GPT, resume=config.init_from == "resume")
+    resume = config.init_from == "resume"
+    folder = config.out_dir if resume else config.init_from
+    return checkpoint.load(Path(folder, "ckpt.pt"), ModelConfig, GPT, resume)
 
 
 def check_start(model_config, config, start):
-    """Refuse to overwrite a checkpoint by accident, and to go on from one of another model or tokenizer."""
+    """Refuse to overwrite a checkpoint, and to go on from another model or tokenizer."""
     path, meta = Path(config.out_dir, "ckpt.pt"), load_meta(config.dataset)
-    if config.init_from != "resume" and path.exists() and not config.overwrite:
-        raise ValueError(f"{path} exists: --init_from=resume goes on, --overwrite starts anew, --out_dir=... goes elsewhere")
-    if config.init_from == "resume":
-        theirs = start["model_config"]
-        other = [f"{k} is {theirs.get(k)} there, {v} here" for k, v in asdict(model_config).items() if theirs.get(k) != v]
-        if other:
-            raise ValueError(f"{path} holds another model: {'; '.join(other)}")
-    tokenizer = (start or {}).get("tokenizer", meta["tokenizer"])
-    if tokenizer != meta["tokenizer"]:
-        raise ValueError(f"init_from={config.init_from} reads {tokenizer} tokens, and {config.dataset} holds {meta['tokenizer']}")
+    resume, source = config.init_from == "resume", f"init_from={config.init_from}"
+    if not resume and not config.overwrite and path.exists():
+        raise ValueError(f"{path} exists: --init_from=resume goes on, --overwrite starts anew, "
+                         "--out_dir=... goes elsewhere")
+    theirs = start["model_config"] if resume else asdict(model_config)
+    here = asdict(model_config)
+    other = [f"{k} is {theirs.get(k)} there, {v} here" for k, v in here.items() if theirs.get(k) != v]
+    if other:
+        raise ValueError(f"{path} holds another model: {'; '.join(other)}")
+    if start is not None and "tokenizer" not in start:
+        check_vocabulary(config, meta, start["model_config"]["vocab_size"])
+    elif start is not None:
+        ours, saved = meta["tokenizer"], start["tokenizer"]
+        same = ours == saved or (checkpoint.sha256_of(ours) or 0) == checkpoint.sha256_of(saved)
+        if not same:
+            raise ValueError(f"{source} reads {saved} tokens, and {config.dataset} holds {ours}")
     if model_config.vocab_size < meta["vocab_size"]:
-        raise ValueError(f"vocab_size={model_config.vocab_size} is less than the {meta['vocab_size']} of {config.dataset}")
+        raise ValueError(f"vocab_size={model_config.vocab_size} is less than the "
+                         f"{meta['vocab_size']} of {config.dataset}")
 
+
+def check_vocabulary(config, meta, n_ids):
+    """A model of transformers' must read what the shards hold: by a text in both tokenizers, or,
+    where it came without one, by its number of ids, which may be padded to a multiple of 128."""
+    from transformers import AutoTokenizer
+    name, text = config.init_from.removeprefix("hf:"), "def f(x):\n    return 'naïve' * x  # twice"
+    with contextlib.suppress(Exception):  # no tokenizer there, or none that loads: of many types
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        ids = theirs.encode(text, add_special_tokens=False)
+        if ids == get_tokenizer(meta["tokenizer"]).encode(text):
+            return
+        n_ids = f"{len(theirs)} ids, another"
+    padded = max(-meta["vocab_size"] // 128 * -128, 1.02 * meta["vocab_size"])
+    if isinstance(n_ids, str) or n_ids > padded:
+        raise ValueError(f"init_from={config.init_from} reads a tokenizer of {n_ids} ids, and "
+                         f"{config.dataset} holds {meta['tokenizer']} tokens ({meta['vocab_size']}): "
+                         "prepare the text with the model's tokenizer")
+
+
+# ---- the loop
 
 def train(model_config, config, start=None):
     """Train as configured; leave checkpoint, log and picture in config.out_dir.
 
-    start: what load_start returns, where the caller has it already (it is emptied). -> {"step", "finished", "signal",
-    "val_loss", ...}: the last row of the log, and how it ended. Raises ValueError for a setting, a shard or a checkpoint that
-    does not fit, OSError for a full disk or a lost rank, FloatingPointError for a loss that is not finite.
+    start: what load_start returns, where the caller has it already (it is emptied). -> {"step",
+    "finished", "signal", "val_loss", ...}: the last row of the log, and how it ended. Raises
+    ValueError for a setting, a shard or a checkpoint that does not fit, OSError for a full disk, a
+    folder in use or a lost rank, FloatingPointError for a loss that is not finite.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_signals())  # before the ranks: torchrun sends SIGTERM while a lost one is looked for
-        ranks = stack.enter_context(join_ranks(config))
-        keep_memory()
-        stack.enter_context(torch.random.fork_rng([ranks.device.index] if ranks.device.type == "cuda" else []))
+        # Signals before the ranks: torchrun sends SIGTERM while a lost one is looked for.
+        stop = stack.enter_context(machine.stop_signals())
+        ranks = stack.enter_context(machine.join_ranks(config))
+        machine.keep_memory()
+        here = [ranks.device.index] if ranks.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(here))
         say = functools.partial(say_line, ranks.rank == 0 and not config.quiet)
+        # What it starts from, and whether that is allowed.
         start = start or load_start(config)
         check_start(model_config, config, start)
-        first, before = (start["step"], start["seconds"]) if config.init_from == "resume" else (0, 0.0)
+        resume = config.init_from == "resume"
+        first, before = (start["step"], start["seconds"]) if resume else (0, 0.0)
         if first >= config.max_steps:
-            say(f"{config.out_dir} is finished: {first} of {config.max_steps} steps; --max_steps=N goes on")
+            say(f"{config.out_dir} is finished: {first} of {config.max_steps} steps; --max_steps=N "
+                "goes on")
             return {"step": first, "finished": True, "signal": None, "val_loss": start["val_loss"]}
-        run = Run(model_config, config, start, ranks)
-        if run.compiled:
-            stack.callback(torch.compiler.reset)  # the next run in this process compiles its own model
-        say(describe(run, start))
-        (start or {}).clear()  # a run needs the memory
-        trackers = []
         if ranks.rank == 0:
-            settings = open_folder(model_config, config, first)
-            trackers = [functools.partial(log_row, Path(config.out_dir, "log.csv")), *open_trackers(config, settings, stack)]
-        result = loop(run, first, before, stop, trackers, say)
+            stack.enter_context(checkpoint.lock(config.out_dir))
+        trainer = Trainer(model_config, config, start, ranks)
+        allow_compiling(trainer, stack)
+        say(describe(trainer, start))
+        (start or {}).clear()  # a run needs the memory
+        # Everything that can fail is open before the loop deletes what an older run left.
+        trackers, settings = [], {"model": asdict(model_config), "train": asdict(config)}
+        if ranks.rank == 0:
+            trackers = [functools.partial(log_row, Path(config.out_dir, "log.csv"))]
+            trackers += open_trackers(config, settings, stack)
+        ready = functools.partial(open_folder, trainer, settings, first)
+        result = loop(trainer, first, before, stop, ready, trackers, say)
         if not result["finished"]:
-            say(f"stopped by {signal.Signals(result['signal']).name} after step {result['step']}, which is saved; to go on: "
-                f"python train.py --init_from=resume --out_dir={config.out_dir}")
+            say(f"stopped by {signal.Signals(result['signal']).name} after step {result['step']}, which "
+                f"is saved; to go on: python train.py --init_from=resume --out_dir={config.out_dir}")
         elif ranks.rank == 0:
-            say(summary(run, result, picture=draw_loss(run)))
+            say(summary(trainer, result, picture=draw_loss(trainer)))
         return result
+
+
+def allow_compiling(trainer, stack):
+    """--compile=false means none: the experts' own operators ask, too."""
+    if importlib.util.find_spec("support.cpu"):
+        from support.cpu import allow_compile
+        allow_compile(trainer.config.compile != "false")
+        stack.callback(allow_compile, False)
+    if trainer.compiled:
+        stack.callback(torch.compiler.reset)  # the next run in this process compiles its own model
 
 
 def say_line(aloud, text):
@@ -390,65 +504,109 @@ def say_line(aloud, text):
         sys.stdout.flush()
 
 
-def loop(run, first, before, stop, trackers, say):
-    """The steps after `first` -> what train returns. before: seconds spent already; stop: signals received."""
-    c, ranks, result = run.config, run.ranks, {"n_params": run.n_params, "n_active_params": run.n_active, "val_loss": None}
-    began, peak, flops = time.perf_counter() - before, peak_flops(ranks.device), flops_per_token(run.model_config)
+def loop(trainer, first, before, stop, ready, trackers, say):
+    """The steps after `first` -> what train returns.
+
+    before: seconds spent already; stop: signals received; ready: to be called after the first step.
+    """
+    c, ranks = trainer.config, trainer.ranks
+    result = {"n_params": trainer.n_params, "n_active_params": trainer.n_active, "val_loss": None}
+    began = time.perf_counter() - before
     hidden = ranks.rank > 0 or c.quiet or not sys.stderr.isatty()
     bar = tqdm(total=c.max_steps, initial=first, disable=hidden, unit="step", dynamic_ncols=True)
     for step in range(first + 1, c.max_steps + 1):
+        # One step; a loss that is not finite would only get worse.
         tick = time.perf_counter()
-        loss, aux, norm, stats = train_step(run, step - 1)
+        loss, aux, norm, stats = train_step(trainer, step - 1)
         now = time.perf_counter()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
-            raise FloatingPointError(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; {run.last_checkpoint()}")
-        row = {"step": step, "tokens": step * c.batch_tokens, "seconds": now - began, "lr": lr_at(c, step - 1),
-               "train_loss": loss, "val_loss": validate(run) if due(step, c.eval_every, c) else None, "grad_norm": norm,
-               "tokens_per_second": c.batch_tokens / (now - tick)} | ({"aux_loss": aux} if stats else {})
-        if trackers and (row["val_loss"] is not None or due(step, c.log_every, c)):
-            row |= run.model.routing_columns(stats)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or trainer.scaler.is_enabled()):
+            raise FloatingPointError(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; "
+                                     f"{trainer.last_checkpoint()}; a lower --lr may help")
+        if step == first + 1:
+            stop.nothing_to_save = False
+            if ranks.rank == 0:
+                ready()
+        # A validation, and a row of the log.
+        val_loss = validate(trainer, c.eval_tokens) if due(step, c.eval_every, c) else None
+        row = {"step": step, "tokens": step * c.batch_tokens, "seconds": now - began,
+               "lr": lr_at(c, step - 1), "train_loss": loss, "val_loss": val_loss, "grad_norm": norm,
+               "tokens_per_second": c.batch_tokens / (now - tick)}
+        if stats:
+            row["aux_loss"] = aux
+        if trackers and (val_loss is not None or due(step, c.log_every, c)):
+            row |= trainer.model.routing_columns(stats)
             for tracker in trackers:
                 tracker(row)
-        speed = f"{amount(row['tokens_per_second'])} tokens/s"
-        if peak:
-            speed += f", MFU {row['tokens_per_second'] * flops / peak / ranks.size:.1%}"
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
-        if row["val_loss"] is not None:
-            say(f"step {step:{len(str(c.max_steps))}}/{c.max_steps}  train {loss:.4f}  val {row['val_loss']:.4f}  "
-                f"gradient {norm:.2f}  {speed}  {span(row['seconds'])}")
-        result |= {k: v for k, v in row.items() if v is not None}
+        tell(trainer, row, bar, say)
+        result |= {name: value for name, value in row.items() if value is not None}
+        # A checkpoint, if it is time for one or for the end.
         stopped = ranks.sum(bool(stop))[0] > 0
         if stopped or due(step, c.save_every, c):
-            save(run, step, time.perf_counter() - began, result["val_loss"])
+            check_good(trainer, step, val_loss)
+            save(trainer, step, time.perf_counter() - began, result["val_loss"])
         if stopped:
             break
     bar.close()
-    finished = step == c.max_steps
-    return result | {"finished": finished, "signal": None if finished else stop[0] if stop else signal.SIGTERM}
+    if step == c.max_steps:
+        return result | {"finished": True, "signal": None}
+    return result | {"finished": False, "signal": stop[0] if stop else signal.SIGTERM}
+
+
+def tell(trainer, row, bar, say):
+    """The progress bar, and a line for each validation."""
+    c, peak = trainer.config, budget.peak_flops(trainer.ranks.device)
+    speed = f"{amount(row['tokens_per_second'])} tokens/s"
+    if peak:
+        used = row["tokens_per_second"] * flops_per_token(trainer.model_config)
+        speed += f", MFU {used / peak / trainer.ranks.size:.1%}"
+    bar.update()
+    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {speed}")
+    if row["val_loss"] is not None:
+        say(f"step {row['step']:{len(str(c.max_steps))}}/{c.max_steps}  train {row['train_loss']:.4f}  "
+            f"val {row['val_loss']:.4f}  gradient {row['grad_norm']:.2f}  {speed}  "
+            f"{span(row['seconds'])}")
 
 
 def due(step, every, config):
-    """Is it time for what is done at every n-th step, and always at the last?"""
+    """True every n steps, and at the last."""
     return step == config.max_steps or (every > 0 and step % every == 0)
 
+
+# ---- the command line
 
 def settings(parsed):
     """The command line -> ModelConfig, TrainConfig, and what load_start found.
 
-    A resumed run keeps the settings it was saved with, a run from other weights their model; what is given comes first.
+    A resumed run keeps the settings it was saved with, a run from other weights their model; what is
+    given comes first.
     """
-    config, given, model_fields = parsed.make(TrainConfig), dict(parsed.given), {f.name for f in fields(ModelConfig)}
+    config, given = parsed.make(TrainConfig), parsed.given
+    if Path(config.dataset).is_file():
+        raise ValueError(f"dataset={config.dataset} is a file: python prepare_data.py {config.dataset} "
+                         "makes a folder of shards from it, which --dataset then names")
+    budget.check_size(given)
     start = load_start(config)
     if start is None:
         with contextlib.suppress(FileNotFoundError) if config.plan else contextlib.nullcontext():
-            parsed.given.setdefault("vocab_size", load_meta(config.dataset)["vocab_size"])
-        return parsed.make(ModelConfig), config, None
-    model_config = ModelConfig(**(start["model_config"] | {k: v for k, v in given.items() if k in model_fields}))
-    if config.init_from == "resume":
-        kept = {k: v for k, v in start["train_config"].items() if k not in NOT_KEPT}
-        config = TrainConfig(**(kept | {k: v for k, v in given.items() if k not in model_fields}))
+            given.setdefault("vocab_size", load_meta(config.dataset)["vocab_size"])
+        model_config = parsed.make(ModelConfig)
+    else:
+        names = {f.name for f in fields(ModelConfig)}
+        changed = {name: value for name, value in given.items() if name in names}
+        model_config = ModelConfig(**(start["model_config"] | changed))
+        if config.init_from == "resume":
+            config = resumed(start, {k: v for k, v in given.items() if k not in names}, config.out_dir)
+    budget.check_size(asdict(model_config))
     return model_config, config, start
+
+
+def resumed(start, given, out_dir):
+    """The settings that a run was saved with, and what is given now."""
+    kept = {name: value for name, value in start["train_config"].items() if name not in NOT_KEPT}
+    try:
+        return TrainConfig(**(kept | given))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{out_dir}/ckpt.pt, train_config: {error}") from None
 
 
 def main():
@@ -458,22 +616,30 @@ def main():
         model_config, config, start = settings(parsed)
         if config.plan:
             if rank == 0:
-                print(plan(model_config, config))
+                print(budget.plan(on_meta(model_config), config, machine.pick_device(config.device)))
             return
         result = train(model_config, config, start)
-    except torch.OutOfMemoryError as error:
-        problem = f"out of memory; lower --micro_batch, or try --recompute (--plan estimates): {str(error).splitlines()[0]}"
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        problem = out_of_memory(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         problem = error
     except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if "can't allocate memory" in str(error):
+            problem = out_of_memory(error)
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            problem = f"torch.compile failed, --compile=false does without: {error}".splitlines()[0]
+        else:
             raise
-        problem = f"torch.compile failed, --compile=false does without: {str(error).splitlines()[0]}"
     else:
         sys.exit(0 if result["finished"] else 128 + result["signal"])
     fail(f"rank {rank}: {problem}" if size > 1 else problem)
+
+
+def out_of_memory(error):
+    reason = (str(error).splitlines() or ["no memory left"])[0]
+    return f"out of memory; lower --micro_batch, or try --recompute (--plan estimates): {reason}"
 
 
 if __name__ == "__main__":

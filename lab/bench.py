@@ -33,7 +33,7 @@ import kernels
 import moe
 from configurator import fail, parse
 from model import GPT, ModelConfig
-from support import machine
+from support import budget, machine
 from train import TrainConfig
 
 
@@ -505,8 +505,8 @@ def bench_gpu_train(table):
             small = parsed.make(ModelConfig)
             parsed.given["d_ff"] = 6144
             speed["wide"] = tokens_per_second(table, parsed.make(ModelConfig))
-    peak = machine.peak_flops(torch.device("cuda"))
-    flops = speed["gpt2_small"][0] * machine.flops_per_token(small)
+    peak = budget.peak_flops(torch.device("cuda"))
+    flops = speed["gpt2_small"][0] * budget.flops_per_token(small)
     if peak:
         what = "GPT-2 124M training, FLOP/s to the card's peak"
         table.row("G4", what, peak, flops, ">= 0.42", "")

@@ -12,14 +12,10 @@ import hashlib
 import math
 import os
 import pickletools
-import typing
 import zipfile
 from pathlib import Path
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 
 SCHEMA = {  # key: its types. The first two make a model, all but the last are needed to go on
     "model": dict, "model_config": dict, "optimizer": dict, "scaler": dict, "step": int,
@@ -65,45 +61,39 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
+def is_locked(descriptor):
+    """True if another process has it; else it is locked now. Some network disks have no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
+
+
 @contextlib.contextmanager
 def lock(folder):
     """One process at a time in `folder` (made if need be); BlockingIOError for the second.
 
     The lock is the folder's own, so it leaves no file, and ends with the process however that ends.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    made = not os.path.isdir(folder)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BlockingIOError(f"{folder} is in use by another process: wait for it, or name "
-                              "another folder with --out_dir") from None
-    except OSError:  # a network file system without locks: as if there were none
-        pass
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {error.strerror}") from error
     try:
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"{folder} cannot be written: it is read-only, or another user's")
+        if is_locked(descriptor):
+            raise BlockingIOError(f"{folder} is in use by another process: wait for it, or name "
+                                  "another folder with --out_dir")
         yield
     finally:
         os.close(descriptor)
-
-
-def gather_state(model, optimizer, ranks):
-    """State dictionaries of model and optimizer, the same for every way to shard.
-
-    All ranks must come; rank 0 alone is sure to get them.
-    """
-    def fetch(value):  # one tensor at a time: a GPU has no room for all of them
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-            return value.cpu() if ranks.rank == 0 else None
-        return value
-
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict(to=0)
-        state = optimizer.state_dict() if ranks.rank == 0 else None
-    else:
-        state = tree_map(fetch, optimizer.state_dict())
-    return {name: fetch(value) for name, value in model.state_dict().items()}, state
+        if made:
+            with contextlib.suppress(OSError):  # not empty any more
+                os.rmdir(folder)
 
 
 # ---- reading
@@ -238,26 +228,6 @@ def check_optimizer(saved, model):
         check_tensors(f"optimizer.{i}", states[i], like)
         require(states[i]["step"] >= 0 and not (states[i]["exp_avg_sq"] < 0).any(),
                 f"optimizer.{i} holds a negative step or square")
-
-
-def load_optimizer(optimizer, saved):
-    """A checkpoint's states into an optimizer that may hold a part of each, or of all.
-
-    The optimizer's options (rates, betas, decay) stay as they are configured now.
-    """
-    def part(value, param):
-        if isinstance(param, DTensor) and value.shape == param.shape:
-            return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
-        return value
-
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    state = {i: {k: part(v, params[i]) for k, v in entry.items()} for i, entry in saved["state"].items()}
-    numbers = [group["params"] for group in saved["param_groups"]]
-    groups = [{**option, "params": number} for option, number in zip(options, numbers)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for group, configured in zip(optimizer.param_groups, options):
-        group.update(configured)
 
 
 # ---- the tokenizer of a run

@@ -3,8 +3,8 @@
 import contextlib
 import ctypes
 import importlib.util
-import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,27 +16,30 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 # ---- device and precision
 
-PEAK_FLOPS = {  # dense bf16 FLOP/s by the makers' data sheets; the first name that fits counts
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "H20": 148e12, "B200": 2250e12,
-    "A100": 312e12, "A800": 312e12, "A6000": 155e12, "A40": 150e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,
-    "4090": 165e12, "3090": 71e12, "MI300X": 1307e12}
-
-
 def pick_device(name, local_rank=0):
     """auto | cpu | cuda | cuda:N | mps -> torch.device; ValueError where there is no such device."""
+    gpus, apple = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        name = "cuda" if gpus else "mps" if apple else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"device={name}: expected auto, cpu, cuda, cuda:N or mps")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={name}: torch {torch.__version__} sees no GPU here; leave --device out or use cpu")
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    if name == "mps" and not apple:
+        raise ValueError(f"device=mps: torch {torch.__version__} sees no Apple GPU here; use cpu")
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    number = int(name.partition(":")[2] or local_rank)
+    if number >= gpus:
+        seen = f"{gpus} GPUs" if gpus else "no GPU"
+        raise ValueError(f"device={name}: torch {torch.__version__} sees {seen} here; leave --device "
+                         "out or use cpu")
+    torch.cuda.set_device(number)
+    return torch.device(f"cuda:{number}")
 
 
 def keep_memory():
@@ -75,27 +78,6 @@ def pick_dtype(config, device, compiled):
     if device.type == "cpu" and compiled and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16, "the CPU multiplies bf16, which pays once compiled"
     return torch.float32, "bf16 pays on a CPU only with bf16 instructions and torch.compile" if device.type == "cpu" else "safe"
-
-
-def peak_flops(device):
-    """Dense bf16 FLOP/s of the GPU at hand; None where it is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-
-
-def flops_per_token(model_config):
-    """Of a training step, forward and backward: 6 N_active + 12 L D S."""
-    c = model_config
-    return 6 * c.n_active_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
-
-
-def accumulation_steps(config, block_size, n_ranks):
-    """Micro-steps that make up batch_tokens; ValueError where none do."""
-    micro = config.micro_batch * block_size * n_ranks
-    if config.batch_tokens % micro:
-        raise ValueError(f"batch_tokens={config.batch_tokens} is not a multiple of {micro} = micro_batch {config.micro_batch} x "
-                         f"block_size {block_size} x {n_ranks} ranks; try {math.ceil(config.batch_tokens / micro) * micro}")
-    return config.batch_tokens // micro
 
 
 # ---- ranks, and how a run ends before its time
@@ -153,15 +135,23 @@ def lost_ranks(ranks, store, patience=10):
     return ", ".join(map(str, missing))
 
 
+class Stop(list):
+    """Signals received. As long as there is nothing to save, before the first step is done, one
+    leaves at once, where it need not take other ranks along."""
+    nothing_to_save = False
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """-> the list of signals received, which the loop looks at after each step. A second Ctrl-C leaves at once."""
-    received = []
+    """-> Stop, which the loop looks at after each step. A second Ctrl-C leaves at once."""
+    received = Stop()
+    received.nothing_to_save = os.environ.get("WORLD_SIZE", "1") == "1"
 
     def note(number, frame):
-        if number == signal.SIGINT and signal.SIGINT in received:
-            raise KeyboardInterrupt
-        received.append(number)
+        second = number == signal.SIGINT and signal.SIGINT in received
+        received.append(number)  # also if what it interrupts, a compiler say, swallows the exception
+        if second or received.nothing_to_save:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
         yield received
@@ -198,3 +188,42 @@ def shard_model(model, ranks, dtype):
             fully_shard(bank, mesh=mesh, mp_policy=policy, reshard_after_forward=model.config.flavour != "infmoe")
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def load_optimizer(optimizer, saved):
+    """A checkpoint's states into an optimizer that may hold a part of each, or of all.
+
+    The optimizer's options (rates, betas, decay) stay as they are configured now.
+    """
+    def part(value, param):
+        if isinstance(param, DTensor) and value.shape == param.shape:
+            return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+        return value
+
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = {i: {k: part(v, params[i]) for k, v in entry.items()} for i, entry in saved["state"].items()}
+    numbers = [group["params"] for group in saved["param_groups"]]
+    groups = [{**option, "params": number} for option, number in zip(options, numbers)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for group, configured in zip(optimizer.param_groups, options):
+        group.update(configured)
+
+
+def gather_state(model, optimizer, ranks):
+    """State dictionaries of model and optimizer, the same for every way to shard.
+
+    All ranks must come; rank 0 alone is sure to get them.
+    """
+    def fetch(value):  # one tensor at a time: a GPU has no room for all of them
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+            return value.cpu() if ranks.rank == 0 else None
+        return value
+
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
+        state = optimizer.state_dict() if ranks.rank == 0 else None
+    else:
+        state = tree_map(fetch, optimizer.state_dict())
+    return {name: fetch(value) for name, value in model.state_dict().items()}, state

@@ -1,6 +1,7 @@
 """What the tests of train.py and sample.py share: a tiny corpus, tiny models of every flavour, and real processes."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,8 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+import train
+from model import ModelConfig
 from support.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,3 +101,41 @@ def assert_same_run(out, reference, first_row=0):
     mine, theirs = checkpoint(out), checkpoint(reference)
     for key in ("model", "optimizer", "step"):
         assert_same_state(mine[key], theirs[key])
+
+
+def configs(data, out, flavour="dense", **changes):
+    """-> ModelConfig, TrainConfig of a tiny run"""
+    chosen = SIZE | FLAVOURS[flavour] | TRAINING | dict(vocab_size=257, quiet=True)
+    chosen |= dict(dataset=str(data), out_dir=str(out)) | changes
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    model = {key: value for key, value in chosen.items() if key in names}
+    training = {key: value for key, value in chosen.items() if key not in names}
+    return ModelConfig(**model), train.TrainConfig(**training)
+
+
+def tiny_run(data, out, flavour="dense", **changes):
+    return train.train(*configs(data, out, flavour, **changes))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """train.py's main with a command line -> (exit code, stdout, stderr)"""
+    def call(data, out, flavour="dense", **changes):
+        monkeypatch.setattr(sys, "argv", train_command(data, out, flavour, **changes)[1:])
+        code = 0
+        try:
+            train.main()
+        except SystemExit as leave:
+            code = leave.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def assert_refused(result, *parts):
+    """One line on stderr that holds all `parts`, exit code 2, no traceback."""
+    code, _, err = result
+    assert code == 2 and err.count("\n") == 1 and err.startswith("error: "), err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err, err
