@@ -427,17 +427,18 @@ def check_vocabulary(config, meta, n_ids):
     where it came without one, by its number of ids, which may be padded to a multiple of 128."""
     from transformers import AutoTokenizer
     name, text = config.init_from.removeprefix("hf:"), "def f(x):\n    return 'naïve' * x  # twice"
+    ids_there = n_ids
     with contextlib.suppress(Exception):  # no tokenizer there, or none that loads: of many types
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         ids = theirs.encode(text, add_special_tokens=False)
         if ids == get_tokenizer(meta["tokenizer"]).encode(text):
             return
-        n_ids = f"{len(theirs)} ids, another"
+        if len(theirs) > 255:  # else an empty one, made for a folder that holds none
+            n_ids = math.inf
     padded = max(-meta["vocab_size"] // 128 * -128, 1.02 * meta["vocab_size"])
-    if isinstance(n_ids, str) or n_ids > padded:
-        raise ValueError(f"init_from={config.init_from} reads a tokenizer of {n_ids} ids, and "
-                         f"{config.dataset} holds {meta['tokenizer']} tokens ({meta['vocab_size']}): "
-                         "prepare the text with the model's tokenizer")
+    if n_ids > padded:
+        raise ValueError(f"init_from={config.init_from} reads another tokenizer ({ids_there} ids) than "
+                         f"{meta['tokenizer']} ({meta['vocab_size']} ids), of which {config.dataset} is")
 
 
 # ---- the loop

@@ -46,11 +46,12 @@ def check_size(settings):
     for name, most in MOST.items():
         if isinstance(settings.get(name), int) and settings[name] > most:
             raise ValueError(f"{name}={settings[name]} is more than {most}, the most that is counted")
-    sizes = [settings.get(name) or 1 for name in ("d_model", "d_expert", "n_experts")]
-    sizes += [max(settings.get(name) or 1 for name in ("vocab_size", "block_size", "d_ff"))]
-    if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > 10**18:
-        raise ValueError(f"d_model={sizes[0]}, d_expert={sizes[1]} and n_experts={sizes[2]} make a "
-                         "model of more than 10^15 parameters")
+    names = ("d_model", "d_expert", "n_experts")
+    sizes = [settings.get(name) or 1 for name in names]
+    widest = max(settings.get(name) or 1 for name in ("vocab_size", "block_size", "d_ff", "d_model"))
+    if math.prod(sizes) * widest > 10**18:  # torch counts bytes in 64 bits
+        given = ", ".join(f"{name}={size}" for name, size in zip(names, sizes))
+        raise ValueError(f"{given} and another width of {widest} are beyond any machine")
 
 
 def part_of(name):

@@ -1,5 +1,6 @@
 """train.py and machine.py in one process. Most runs happen inside this one: a tiny run takes a fifth of a second."""
 
+import base64
 import contextlib
 import dataclasses
 import json
@@ -12,14 +13,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
+import train_helpers
 from train_helpers import (
     FLAVOURS,
     PYTHON,
@@ -42,10 +42,10 @@ from train_helpers import (
 )
 
 import train
-from model import GPT, ModelConfig
-from support import checkpoint as checkpoints
+from model import GPT, ModelConfig, load_checkpoint
 from support import budget, machine, report
 from support.shards import ShardReader, write_shard
+from support.tokenizer import get_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +352,7 @@ def test_torn_and_later_rows_are_dropped(data, tmp_path, monkeypatch):
         tiny_run(data, out)
     heal()
     with open(out / "log.csv", "a") as f:
-        f.write("6,15")  # cut in the middle of a row
+        f.write("\n6,15")  # an empty line, and one cut in the middle
     (out / "ckpt.pt.tmp").write_bytes(b"half a checkpoint")
     tiny_run(data, out, init_from="resume")
     assert_same_run(out, tmp_path / "whole")
@@ -499,6 +499,157 @@ def test_nan_stops_with_the_last_checkpoint(data, tmp_path, command):
     assert_refused(result, "step 4", "nan", str(out / "ckpt.pt"), "(step 2)")
     assert (out / "ckpt.pt").read_bytes() == before
     assert_refused(command(data, tmp_path / "new", lr=1e14, warmup_steps=0, save_every=0), "nan", "no checkpoint had been saved")
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("fault", ["wandb", "step", "disk"])
+def test_overwrite_loses_nothing_that_was_good(data, tmp_path, command, monkeypatch, fault):
+    """What fails before a first step has worked leaves the old run as it was."""
+    out = tmp_path / "out"
+    tiny_run(data, out, max_steps=2)
+    before = files_of(out)
+
+    def broken(*args, **kwargs):
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no compiler"), None)
+
+    if fault == "wandb":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    elif fault == "step":
+        monkeypatch.setattr(GPT, "forward", broken)
+    else:
+        monkeypatch.setattr(os, "fsync", lambda f: os.write(f, b"x") and os.truncate("/dev/full", 0))
+    assert_refused(command(data, out, overwrite=True, wandb="x" if fault == "wandb" else ""))
+    assert files_of(out) == before
+
+
+def test_the_last_good_checkpoint_is_good(data, tmp_path, command):
+    """A rate that ruins the weights: what it names goes on with a sane one, from the step named."""
+    for seed, flavour in enumerate(FLAVOURS):
+        out = tmp_path / flavour
+        options = dict(seed=seed, warmup_steps=3 * (seed % 2), eval_every=0, max_steps=40)
+        tiny_run(data, out, flavour, **options | dict(max_steps=2))
+        bad = options | dict(lr=1e10, save_every=1, init_from="resume")
+        code, _, err = command(data, out, flavour, **bad)
+        if code:
+            assert f"ckpt.pt (step {checkpoint(out)['step']})" in err, err
+        sane = dict(lr=1e-4, grad_clip=0.1, max_steps=checkpoint(out)["step"] + 3, init_from="resume")
+        assert command(data, out, flavour, **options | sane)[0] == 0, flavour
+
+
+def test_absurd_sizes(data, tmp_path, command):
+    """One line at once: nothing is built, and nothing allocated."""
+    out = tmp_path / "out"
+    cases = [(dict(n_layer=100_000), "n_layer=100000"), (dict(n_layer=10**9), "n_layer=1000000000"),
+             (dict(n_layer=100_000, plan=True), "n_layer=100000"), (dict(max_steps=1e300), "max_steps=1000"),
+             (dict(d_model=100_000), "GB are"), (dict(d_model=10**14), "beyond any machine"),
+             (dict(batch_tokens=10**13 * 16), "GB are"), (dict(batch_tokens=1e20), "batch_tokens=1000"),
+             (dict(micro_batch=10**8, batch_tokens=16 * 10**8), "--micro_batch="),
+             (dict(lr="inf"), "lr=inf"), (dict(weight_decay="inf"), "weight_decay=inf"),
+             (dict(beta1=1), "beta1=1"), (dict(timeout=1e17), "timeout="), (dict(device="cuda:x"), "device="),
+             (dict(out_dir=""), "out_dir is empty"), (dict(out_dir="x" * 300), "too long")]
+    if not torch.backends.mps.is_available():
+        cases.append((dict(device="mps"), "device=mps"))
+    for changes, says in cases:
+        began = time.monotonic()
+        folder = changes.pop("out_dir", out)
+        assert_refused(command(data, folder, **changes), says)
+        assert time.monotonic() - began < 20, changes
+    assert not out.exists()
+
+
+def test_memory_at_hand_decides(monkeypatch):
+    """By the machine or by the address space; and what it proposes fits."""
+    model = train.on_meta(ModelConfig(n_layer=2, n_head=2, d_model=32))
+    config, cpu = train.TrainConfig(micro_batch=4096, dtype="float32"), torch.device("cpu")
+    need = sum(budget.memory_per_rank(model, config, 1).values())
+    budget.check_memory(model, config, 1, cpu)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (used + int(need / 5), 0))
+    with pytest.raises(ValueError, match=r"ulimit -v\): --micro_batch=(\d+) would fit") as caught:
+        budget.check_memory(model, config, 1, cpu)
+    fitting = int(str(caught.value).split("--micro_batch=")[1].split()[0])
+    budget.check_memory(model, dataclasses.replace(config, micro_batch=fitting), 1, cpu)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (used, 0))
+    with pytest.raises(ValueError, match="fewer or smaller layers"):
+        budget.check_memory(model, config, 1, cpu)
+
+
+def test_a_text_is_no_dataset(tmp_path, command):
+    (tmp_path / "own.txt").write_text("text")
+    assert_refused(command(tmp_path / "own.txt", tmp_path / "out"), "prepare_data.py", "own.txt is a file")
+
+
+def test_dtype_may_change_on_the_way(data, tmp_path, command):
+    """float16 has a scaler and float32 has none: either goes on from the other."""
+    tiny_run(data, tmp_path / "out", max_steps=2)
+    for steps, dtype in ((4, "float16"), (6, "float32"), (8, "bfloat16")):
+        changes = dict(max_steps=steps, dtype=dtype, init_from="resume")
+        code, out, err = command(data, tmp_path / "out", **changes)
+        assert code == 0 and f", is {dtype}" in out, err
+
+
+def test_a_model_of_another_tokenizer(data, tmp_path, command, monkeypatch, capsys):
+    """Both are named; without transformers it is one line, too."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    for n_ids in (50257, 257):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=n_ids, **sizes))
+        model.save_pretrained(tmp_path / f"{n_ids}")
+    argv = lambda n: ["train.py", f"--init_from=hf:{tmp_path / str(n)}", f"--dataset={data}", "--device=cpu",
+                      "--max_steps=1", "--batch_tokens=64", "--micro_batch=4", f"--out_dir={tmp_path}/out"]
+    monkeypatch.setattr(train_helpers, "train_command", lambda *a, **k: ["python", *argv(k["n"])])
+    capsys.readouterr()  # transformers' progress bar
+    assert_refused(command(data, "", n=50257), "(50257 ids)", "bytes (257 ids)", f"hf:{tmp_path}")
+    assert command(data, "", n=257)[0] == 0
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert_refused(command(data, "", n=257), "need transformers", "pip install")
+
+
+def test_the_tokenizer_stays_with_the_checkpoint(tmp_path, command):
+    """A copy beside it: the file may move or change; another copy is refused."""
+    folder, out = make_data(tmp_path / "data"), tmp_path / "out"
+    ranks = tmp_path / "own.tiktoken"
+    ranks.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": str(ranks), "vocab_size": 257}))
+    tiny_run(folder, out, max_steps=2)
+    assert command(folder, out, max_steps=3, init_from="resume")[0] == 0
+    ranks.unlink()
+    spec = load_checkpoint(out / "ckpt.pt")["tokenizer"]
+    assert get_tokenizer(spec).encode("ab") == [97, 98] and spec.startswith(str(out))
+    (out / "tokenizer.tiktoken").write_text("YQ== 0")
+    with pytest.raises(ValueError, match=r"tokenizer.tiktoken is not the tokenizer that"):
+        load_checkpoint(out / "ckpt.pt")
+
+
+def test_ctrl_c_while_starting(data, tmp_path):
+    """From the first import to the first step: it leaves without a word and without a checkpoint."""
+    for delay in (0.2, 1, 3, 6):
+        process = subprocess.Popen(train_command(data, tmp_path / "out", max_steps=10**6, save_every=0),
+                                   env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGINT, 130) and err == "", (delay, err)
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_ctrl_c_in_a_first_step(data, tmp_path, command, monkeypatch, swallowed):
+    """A compiler at work: it leaves at once; where the compiler swallows that, after the step."""
+    real = GPT.forward
+
+    def compiling(self, *args, **kwargs):
+        if not any(tmp_path.glob("out/log.csv")) and swallowed is not None:
+            with contextlib.suppress(KeyboardInterrupt) if swallowed else contextlib.nullcontext():
+                signal.raise_signal(signal.SIGINT)
+            monkeypatch.setattr(GPT, "forward", real)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", compiling)
+    code, _, err = command(data, tmp_path / "out")
+    assert (code, err) == (130, "") and (tmp_path / "out/ckpt.pt").exists() == swallowed
 
 
 def test_folder_that_cannot_be_written(data, tmp_path, command):
