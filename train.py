@@ -5,7 +5,7 @@ One loop, from one CPU to many nodes:
     python train.py                                     # a small dense GPT on data/stdlib, on a CPU
     python train.py config/tiny_moe.py --lr=5e-4        # a config file, and what differs from it
     python train.py --init_from=resume --out_dir=out/x  # go on where a run stopped, bit for bit
-    python train.py config/unipool_978m.py --plan=8     # memory, FLOPs and time on 8 GPUs, no training
+    python train.py config/unipool_978m.py --plan=8     # memory, FLOPs, time on 8 GPUs: no training
     torchrun --standalone --nproc_per_node=8 train.py config/unipool_182m.py
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train.py config/unipool_978m.py --shard=fsdp --recompute
@@ -19,12 +19,11 @@ optimizer and step are all that a checkpoint needs.
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import contextlib
 import functools
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -45,27 +44,16 @@ from tqdm import tqdm
 import kernels
 from configurator import fail, parse
 from model import GPT, ModelConfig
-from support import budget, checkpoint, machine
-from support.budget import amount, flops_per_token, span
-from support.checkpoint import write_atomically
-from support.report import (
-    NOT_KEPT,
-    describe,
-    draw_loss,
-    log_row,
-    open_trackers,
-    summary,
-    trim_log,
-)
+from support import budget, checkpoint, folder, machine
+from support.report import describe, draw_loss, log_row, open_trackers, summary, tell
 from support.shards import ShardReader, load_meta
-from support.tokenizer import get_tokenizer
 
 
 @dataclass
 class TrainConfig:
     dataset: str = "data/stdlib"  # folder of token shards, made by prepare_data.py
     out_dir: str = "out/run"  # receives ckpt.pt, config.json, log.csv, loss.png
-    init_from: str = "scratch"  # scratch | resume | a folder with a checkpoint | gpt2 | hf:NAME_OR_DIR
+    init_from: str = "scratch"  # scratch | resume | a checkpoint's folder | gpt2 | hf:NAME_OR_DIR
     overwrite: bool = False  # start anew although out_dir holds a checkpoint
     plan: bool | int = False  # print memory, FLOPs and time (--plan=8: on 8 ranks), and leave
     max_steps: int = 300  # optimizer steps of the whole run
@@ -74,7 +62,7 @@ class TrainConfig:
     lr: float = 1e-3  # peak learning rate (AdamW)
     min_lr: float | None = None  # end of the cosine; None: lr / 10
     warmup_steps: int = 20  # linear warm-up
-    weight_decay: float = 0.1  # on matrices, stacked experts and embeddings; not on norms and biases
+    weight_decay: float = 0.1  # on matrices, experts and embeddings; not on norms and biases
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
@@ -96,9 +84,9 @@ class TrainConfig:
     def __post_init__(self):
         for name, kind in typing.get_type_hints(TrainConfig).items():
             check_type(name, getattr(self, name), typing.get_args(kind) or (kind,))
-        at_least_one = ("max_steps", "batch_tokens", "micro_batch", "eval_tokens", "log_every", "timeout")
+        counts = ("max_steps", "batch_tokens", "micro_batch", "eval_tokens", "log_every", "timeout")
         for name, value in vars(self).items():
-            low = 1 if name in at_least_one else 0
+            low = 1 if name in counts else 0
             if isinstance(value, (int, float)) and not low <= value < 1e15:  # nor NaN
                 raise ValueError(f"{name}={value!s:.40} must be at least {low} and below 10^15")
             if value == "" and name != "wandb":
@@ -107,11 +95,11 @@ class TrainConfig:
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be below 1")
         if self.min_lr is not None and self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}: change it or "
-                             "leave it out")
+            raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}: change "
+                             "it or leave it out")
         if self.shard == "fsdp" and (self.dtype == "float16" or self.compile == "true"):
-            raise ValueError("shard=fsdp needs dtype=bfloat16 or float32, and compile=false: its hooks "
-                             "break the graph")
+            raise ValueError("shard=fsdp needs dtype=bfloat16 or float32, and compile=false: its "
+                             "hooks break the graph")
 
 
 def check_type(name, value, allowed):
@@ -147,8 +135,9 @@ class Trainer:
         held = sum(t.nbytes for t in (start or {"model": {}})["model"].values())
         budget.check_memory(on_meta(model_config), config, ranks.size, ranks.device, 4 * held)
         self.n_params, self.n_active = model_config.n_params(), model_config.n_active_params()
-        self.compiled, self.compile_reason = machine.pick_compile(config, ranks.device, self.n_active)
-        self.dtype, self.dtype_reason = machine.pick_dtype(config, ranks.device, self.compiled)
+        device = ranks.device
+        self.compiled, self.compile_reason = machine.pick_compile(config, device, self.n_active)
+        self.dtype, self.dtype_reason = machine.pick_dtype(config, device, self.compiled)
         self.backend = backend_of(self)
         self.model = make_model(self, start)
         self.forward, self.ddp = self.model, None
@@ -171,7 +160,7 @@ class Trainer:
         return torch.autocast(self.ranks.device.type, self.dtype, enabled=low)
 
     def batch(self, windows):
-        """windows (B, S+1) -> tokens, targets (B, S) on the device; the copy overlaps a GPU's work."""
+        """windows (B, S+1) -> tokens, targets (B, S) on the device; a GPU works on meanwhile."""
         windows = torch.from_numpy(windows)
         if self.ranks.device.type == "cuda":
             windows = windows.pin_memory()
@@ -205,7 +194,7 @@ def make_model(trainer, start):
     torch.manual_seed(trainer.config.seed)
     model = GPT(trainer.model_config)
     if start is not None:
-        load_weights(model, start["model"], trainer.config.init_from)
+        folder.load_weights(model, start["model"], trainer.config.init_from)
     model.recompute = trainer.config.recompute
     if trainer.config.shard == "fsdp":
         machine.shard_model(model, trainer.ranks, trainer.dtype)
@@ -223,19 +212,6 @@ def backend_of(trainer):
     if m.flavour == "infmoe" and name == "grouped":
         name = "torch"  # one FFN, nothing to group
     return f"{name} ({reason})"
-
-
-def load_weights(model, weights, source):
-    """Buffers may be missing (a new run may turn on a loss that keeps one), parameters may not."""
-    try:
-        missing, unknown = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # a shape: the line after the title names it
-        raise ValueError(f"init_from={source}: {str(error).splitlines()[1].strip()}") from None
-    missing = set(missing) & {name for name, _ in model.named_parameters()}
-    if missing or unknown:
-        raise ValueError(f"init_from={source} holds another model: {len(missing)} of the weights here "
-                         f"are missing there and {len(unknown)} of those there are unknown here, among "
-                         f"them {sorted([*missing, *unknown])[0]}")
 
 
 def make_optimizer(trainer):
@@ -258,8 +234,8 @@ def train_step(trainer, step):
     They are over all ranks and micro-steps. Micro-step a takes, on rank r of R, the windows
     [(aR+r)B, (aR+r+1)B) of the step's list, and the same slice of its noise seeds: what a step sees
     does not depend on R. What R ranks promise: with micro_batch x R unchanged, the numbers of one
-    rank (to 6.3e-7, measured). With micro_batch itself unchanged, a balance loss, which is a product
-    of means over a micro-step, sees R times as many tokens: topk and unipool then differ by up to
+    rank (to 6.3e-7, measured). With micro_batch itself unchanged, a balance loss, a product of
+    means over a micro-step, sees R times as many tokens: topk and unipool then differ by up to
     2.1e-4 between 1 and 3 ranks.
     """
     c, ranks, stats = trainer.config, trainer.ranks, {}
@@ -334,114 +310,12 @@ def validate(trainer, eval_tokens):
     return ranks.sum(total)[0] / n
 
 
-# ---- what a run leaves on disk
-
-def open_folder(trainer, settings, step):
-    """Once a first step has worked: nothing of an older run may be taken for this one's."""
-    c, folder = trainer.config, Path(trainer.config.out_dir)
-    write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode()))
-    if trainer.tokenizer.endswith(".tiktoken"):
-        ranks = Path(trainer.tokenizer).read_bytes()
-        write_atomically(folder / checkpoint.TOKENIZER_FILE, lambda f: f.write(ranks))
-    if c.init_from == "resume":
-        trim_log(folder / "log.csv", step)
-    else:
-        for name in ("ckpt.pt", "log.csv", "loss.png"):
-            (folder / name).unlink(missing_ok=True)
-
-
-def save(trainer, step, seconds, val_loss):
-    """out_dir/ckpt.pt, the same on any number of ranks: all gather, rank 0 writes, all hear of it."""
-    c, problem = trainer.config, None
-    model, optimizer = machine.gather_state(trainer.model, trainer.optimizer, trainer.ranks)
-    if trainer.ranks.rank == 0:
-        state = {"step": step, "seconds": seconds, "val_loss": val_loss, "model": model,
-                 "optimizer": optimizer, "scaler": trainer.scaler.state_dict(),
-                 "tokenizer": trainer.tokenizer,
-                 "tokenizer_sha256": checkpoint.sha256_of(trainer.tokenizer),
-                 "model_config": asdict(trainer.model_config), "train_config": asdict(c)}
-        try:
-            write_atomically(Path(c.out_dir, "ckpt.pt"), lambda f: torch.save(state, f))
-        except OSError as error:
-            problem = error
-    if trainer.ranks.sum(problem is not None)[0]:
-        raise OSError(f"could not save step {step}: {problem or 'see rank 0'}; "
-                      f"{trainer.last_checkpoint()}")
-    trainer.saved = step
-
-
-def check_good(trainer, step, val_loss):
-    """Before saving: a checkpoint that cannot go on must not replace one that can.
-
-    Every weight is finite, and so is the loss that they give: val_loss, or that of a few windows.
-    """
-    mine = (p.to_local() if isinstance(p, DTensor) else p for p in trainer.model.parameters())
-    broken = sum(not p.isfinite().all() for p in mine)
-    if val_loss is None:
-        val_loss = validate(trainer, trainer.config.micro_batch * trainer.model_config.block_size)
-    if trainer.ranks.sum(broken)[0] or not math.isfinite(val_loss):
-        raise FloatingPointError(f"step {step} left weights that give a loss of {val_loss:.4g}, and is "
-                                 f"not saved; {trainer.last_checkpoint()}; a lower --lr may help")
-
-
-# ---- what a run starts from
+# ---- the loop
 
 def load_start(config):
-    """None, or a dictionary like a checkpoint's."""
-    if config.init_from == "scratch":
-        return None
-    if config.init_from == "gpt2" or config.init_from.startswith("hf:"):
-        model = GPT.from_hf(config.init_from.removeprefix("hf:"))
-        return {"model": model.state_dict(), "model_config": asdict(model.config)}
-    resume = config.init_from == "resume"
-    folder = config.out_dir if resume else config.init_from
-    return checkpoint.load(Path(folder, "ckpt.pt"), ModelConfig, GPT, resume)
+    """What a run starts from: None, or a dictionary like a checkpoint's."""
+    return folder.load_start(config, ModelConfig, GPT)
 
-
-def check_start(model_config, config, start):
-    """Refuse to overwrite a checkpoint, and to go on from another model or tokenizer."""
-    path, meta = Path(config.out_dir, "ckpt.pt"), load_meta(config.dataset)
-    resume, source = config.init_from == "resume", f"init_from={config.init_from}"
-    if not resume and not config.overwrite and path.exists():
-        raise ValueError(f"{path} exists: --init_from=resume goes on, --overwrite starts anew, "
-                         "--out_dir=... goes elsewhere")
-    theirs = start["model_config"] if resume else asdict(model_config)
-    here = asdict(model_config)
-    other = [f"{k} is {theirs.get(k)} there, {v} here" for k, v in here.items() if theirs.get(k) != v]
-    if other:
-        raise ValueError(f"{path} holds another model: {'; '.join(other)}")
-    if start is not None and "tokenizer" not in start:
-        check_vocabulary(config, meta, start["model_config"]["vocab_size"])
-    elif start is not None:
-        ours, saved = meta["tokenizer"], start["tokenizer"]
-        same = ours == saved or (checkpoint.sha256_of(ours) or 0) == checkpoint.sha256_of(saved)
-        if not same:
-            raise ValueError(f"{source} reads {saved} tokens, and {config.dataset} holds {ours}")
-    if model_config.vocab_size < meta["vocab_size"]:
-        raise ValueError(f"vocab_size={model_config.vocab_size} is less than the "
-                         f"{meta['vocab_size']} of {config.dataset}")
-
-
-def check_vocabulary(config, meta, n_ids):
-    """A model of transformers' must read what the shards hold: by a text in both tokenizers, or,
-    where it came without one, by its number of ids, which may be padded to a multiple of 128."""
-    from transformers import AutoTokenizer
-    name, text = config.init_from.removeprefix("hf:"), "def f(x):\n    return 'naïve' * x  # twice"
-    ids_there = n_ids
-    with contextlib.suppress(Exception):  # no tokenizer there, or none that loads: of many types
-        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        ids = theirs.encode(text, add_special_tokens=False)
-        if ids == get_tokenizer(meta["tokenizer"]).encode(text):
-            return
-        if len(theirs) > 255:  # else an empty one, made for a folder that holds none
-            n_ids = math.inf
-    padded = max(-meta["vocab_size"] // 128 * -128, 1.02 * meta["vocab_size"])
-    if n_ids > padded:
-        raise ValueError(f"init_from={config.init_from} reads another tokenizer ({ids_there} ids) than "
-                         f"{meta['tokenizer']} ({meta['vocab_size']} ids), of which {config.dataset} is")
-
-
-# ---- the loop
 
 def train(model_config, config, start=None):
     """Train as configured; leave checkpoint, log and picture in config.out_dir.
@@ -461,7 +335,7 @@ def train(model_config, config, start=None):
         say = functools.partial(say_line, ranks.rank == 0 and not config.quiet)
         # What it starts from, and whether that is allowed.
         start = start or load_start(config)
-        check_start(model_config, config, start)
+        folder.check_start(model_config, config, start)
         resume = config.init_from == "resume"
         first, before = (start["step"], start["seconds"]) if resume else (0, 0.0)
         if first >= config.max_steps:
@@ -479,11 +353,12 @@ def train(model_config, config, start=None):
         if ranks.rank == 0:
             trackers = [functools.partial(log_row, Path(config.out_dir, "log.csv"))]
             trackers += open_trackers(config, settings, stack)
-        ready = functools.partial(open_folder, trainer, settings, first)
+        ready = functools.partial(folder.open_folder, trainer, settings, first)
         result = loop(trainer, first, before, stop, ready, trackers, say)
         if not result["finished"]:
-            say(f"stopped by {signal.Signals(result['signal']).name} after step {result['step']}, which "
-                f"is saved; to go on: python train.py --init_from=resume --out_dir={config.out_dir}")
+            name = signal.Signals(result["signal"]).name
+            say(f"stopped by {name} after step {result['step']}, which is saved; to go on: "
+                f"python train.py --init_from=resume --out_dir={config.out_dir}")
         elif ranks.rank == 0:
             say(summary(trainer, result, picture=draw_loss(trainer)))
         return result
@@ -510,9 +385,9 @@ def loop(trainer, first, before, stop, ready, trackers, say):
 
     before: seconds spent already; stop: signals received; ready: to be called after the first step.
     """
-    c, ranks = trainer.config, trainer.ranks
+    c, ranks, size = trainer.config, trainer.ranks, trainer.model_config.block_size
     result = {"n_params": trainer.n_params, "n_active_params": trainer.n_active, "val_loss": None}
-    began = time.perf_counter() - before
+    began, peak = time.perf_counter() - before, budget.peak_flops(ranks.device)
     hidden = ranks.rank > 0 or c.quiet or not sys.stderr.isatty()
     bar = tqdm(total=c.max_steps, initial=first, disable=hidden, unit="step", dynamic_ncols=True)
     for step in range(first + 1, c.max_steps + 1):
@@ -530,42 +405,28 @@ def loop(trainer, first, before, stop, ready, trackers, say):
         # A validation, and a row of the log.
         val_loss = validate(trainer, c.eval_tokens) if due(step, c.eval_every, c) else None
         row = {"step": step, "tokens": step * c.batch_tokens, "seconds": now - began,
-               "lr": lr_at(c, step - 1), "train_loss": loss, "val_loss": val_loss, "grad_norm": norm,
-               "tokens_per_second": c.batch_tokens / (now - tick)}
+               "lr": lr_at(c, step - 1), "train_loss": loss, "val_loss": val_loss,
+               "grad_norm": norm, "tokens_per_second": c.batch_tokens / (now - tick)}
         if stats:
             row["aux_loss"] = aux
         if trackers and (val_loss is not None or due(step, c.log_every, c)):
             row |= trainer.model.routing_columns(stats)
             for tracker in trackers:
                 tracker(row)
-        tell(trainer, row, bar, say)
+        tell(trainer, row, bar, say, peak)
         result |= {name: value for name, value in row.items() if value is not None}
         # A checkpoint, if it is time for one or for the end.
         stopped = ranks.sum(bool(stop))[0] > 0
         if stopped or due(step, c.save_every, c):
-            check_good(trainer, step, val_loss)
-            save(trainer, step, time.perf_counter() - began, result["val_loss"])
+            good = validate(trainer, c.micro_batch * size) if val_loss is None else val_loss
+            folder.check_good(trainer, step, good)
+            folder.save(trainer, step, time.perf_counter() - began, result["val_loss"])
         if stopped:
             break
     bar.close()
     if step == c.max_steps:
         return result | {"finished": True, "signal": None}
     return result | {"finished": False, "signal": stop[0] if stop else signal.SIGTERM}
-
-
-def tell(trainer, row, bar, say):
-    """The progress bar, and a line for each validation."""
-    c, peak = trainer.config, budget.peak_flops(trainer.ranks.device)
-    speed = f"{amount(row['tokens_per_second'])} tokens/s"
-    if peak:
-        used = row["tokens_per_second"] * flops_per_token(trainer.model_config)
-        speed += f", MFU {used / peak / trainer.ranks.size:.1%}"
-    bar.update()
-    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {speed}")
-    if row["val_loss"] is not None:
-        say(f"step {row['step']:{len(str(c.max_steps))}}/{c.max_steps}  train {row['train_loss']:.4f}  "
-            f"val {row['val_loss']:.4f}  gradient {row['grad_norm']:.2f}  {speed}  "
-            f"{span(row['seconds'])}")
 
 
 def due(step, every, config):
@@ -578,13 +439,13 @@ def due(step, every, config):
 def settings(parsed):
     """The command line -> ModelConfig, TrainConfig, and what load_start found.
 
-    A resumed run keeps the settings it was saved with, a run from other weights their model; what is
-    given comes first.
+    A resumed run keeps the settings it was saved with, a run from other weights their model; what
+    is given comes first.
     """
     config, given = parsed.make(TrainConfig), parsed.given
     if Path(config.dataset).is_file():
-        raise ValueError(f"dataset={config.dataset} is a file: python prepare_data.py {config.dataset} "
-                         "makes a folder of shards from it, which --dataset then names")
+        raise ValueError(f"dataset={config.dataset} is a file: python prepare_data.py "
+                         f"{config.dataset} makes a folder of shards from it, to name here")
     budget.check_size(given)
     start = load_start(config)
     if start is None:
@@ -596,18 +457,10 @@ def settings(parsed):
         changed = {name: value for name, value in given.items() if name in names}
         model_config = ModelConfig(**(start["model_config"] | changed))
         if config.init_from == "resume":
-            config = resumed(start, {k: v for k, v in given.items() if k not in names}, config.out_dir)
+            given = {name: value for name, value in given.items() if name not in names}
+            config = folder.resumed(start, given, config)
     budget.check_size(asdict(model_config))
     return model_config, config, start
-
-
-def resumed(start, given, out_dir):
-    """The settings that a run was saved with, and what is given now."""
-    kept = {name: value for name, value in start["train_config"].items() if name not in NOT_KEPT}
-    try:
-        return TrainConfig(**(kept | given))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{out_dir}/ckpt.pt, train_config: {error}") from None
 
 
 def main():
@@ -617,7 +470,8 @@ def main():
         model_config, config, start = settings(parsed)
         if config.plan:
             if rank == 0:
-                print(budget.plan(on_meta(model_config), config, machine.pick_device(config.device)))
+                device = machine.pick_device(config.device)
+                print(budget.plan(on_meta(model_config), config, device))
             return
         result = train(model_config, config, start)
     except (torch.OutOfMemoryError, MemoryError) as error:

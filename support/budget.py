@@ -1,4 +1,4 @@
-"""What a run costs before it is run: parameters, FLOPs, memory, time; and whether it fits this machine."""
+"""What a run will cost: parameters, FLOPs, memory, time; and whether it fits this machine."""
 
 import math
 import os
@@ -14,7 +14,7 @@ PEAK_FLOPS = {  # dense bf16 FLOP/s by the makers' data sheets; the first name t
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12,
     "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A6000": 155e12, "A40": 150e12,
     "A10": 125e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "MI300X": 1307e12}
-MOST = {"n_layer": 2000, "infmoe_depth": 100}  # a module each: even counting more would take minutes
+MOST = {"n_layer": 2000, "infmoe_depth": 100}  # modules: to count more takes minutes
 REACHED = 0.4  # share of the peak that a training run reaches, for estimates of time
 
 # ---- words for numbers
@@ -42,13 +42,14 @@ def table(**rows):
 
 
 def check_size(settings):
-    """ValueError for sizes that would take minutes only to count. settings: a configuration's fields."""
+    """ValueError for sizes that take minutes only to count. settings: a configuration's fields."""
     for name, most in MOST.items():
         if isinstance(settings.get(name), int) and settings[name] > most:
-            raise ValueError(f"{name}={settings[name]} is more than {most}, the most that is counted")
+            raise ValueError(f"{name}={settings[name]} is more than {most}, the most for this code")
     names = ("d_model", "d_expert", "n_experts")
     sizes = [settings.get(name) or 1 for name in names]
-    widest = max(settings.get(name) or 1 for name in ("vocab_size", "block_size", "d_ff", "d_model"))
+    others = ("vocab_size", "block_size", "d_ff", "d_model")
+    widest = max(settings.get(name) or 1 for name in others)
     if math.prod(sizes) * widest > 10**18:  # torch counts bytes in 64 bits
         given = ", ".join(f"{name}={size}" for name, size in zip(names, sizes))
         raise ValueError(f"{given} and another width of {widest} are beyond any machine")
@@ -64,12 +65,13 @@ def part_of(name):
 
 
 def print_parameters(model, n_active):
-    """Stored parameters, and the n_active that one token uses, by part. The model may be on meta."""
+    """Parameters by part, stored, and used by one token (n_active). The model may be on meta."""
     stored, c = {}, model.config
     for name, p in model.named_parameters():
         stored[part_of(name)] = stored.get(part_of(name), 0) + p.numel()
     total = sum(stored.values())
-    print(f"{c.arch} {c.flavour}, {c.n_layer} layers\n{'parameters':12}{'stored':>16}{'active':>16}")
+    print(f"{c.arch} {c.flavour}, {c.n_layer} layers")
+    print(f"{'parameters':12}{'stored':>16}{'active':>16}")
     for part, n in stored.items():
         used = n_active - total + n if part == "experts" else n  # all else is used by every token
         print(f"{part:12}{n:16,}{used:16,}")

@@ -1,9 +1,9 @@
-"""Checkpoints: one atomic writer, one lock, one loader that checks every value before a model sees it.
+"""Checkpoints: one atomic writer, one lock, one loader that checks values before a model sees them.
 
 A checkpoint is a dictionary (SCHEMA) that torch.save writes as a zip of plain tensors. It may come
-from a stranger or from a failing disk, so it is checked in this order: the zip's sizes and checksums,
-the names that its pickle may call, then keys, types, shapes and values against its own model_config,
-on the meta device, where a model costs no memory.
+from a stranger or from a failing disk, so it is checked in this order: the zip's sizes and
+checksums, the names that its pickle may call, then keys, types, shapes and values against its own
+model_config, on the meta device, where a model costs no memory.
 """
 
 import contextlib
@@ -141,7 +141,7 @@ def require(condition, problem):
 
 
 def check_archive(path):
-    """The zip holds no more than its size says, its checksums are right, its pickle only tensors."""
+    """The zip holds no more than its size, its checksums are right, its pickle only tensors."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         unpacked = sum(entry.file_size for entry in entries)
@@ -189,8 +189,8 @@ def meta_model(saved, config_class, model_class):
 def check_tensors(what, tensors, expected):
     """Names, shapes, dtypes and layouts are those of `expected`, and every value is finite."""
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    require(not missing, f"{what} lacks {len(missing)} tensors, among them {min(missing, default=0)}")
-    require(not unknown, f"{what} has {len(unknown)} tensors of no use, as {list(unknown)[:1]!r:.80}")
+    require(not missing, f"{what} lacks {len(missing)} tensors, as {min(missing, default='')}")
+    require(not unknown, f"{what} has tensors of no use, as {list(unknown)[:1]!r:.80}")
     for name, like in expected.items():
         value, where = tensors[name], f"{what}.{name}"
         require(isinstance(value, torch.Tensor), f"{where} is a {type(value).__name__}")
@@ -206,7 +206,7 @@ def check_tensors(what, tensors, expected):
 
 
 def parameter_groups(model):
-    """Parameters with weight decay (all that multiplies), and those without (norms, biases, scales).
+    """Parameters with weight decay (all that multiplies), and without (norms, biases, scales).
 
     Checkpoints number the optimizer's states in this order.
     """
@@ -235,7 +235,9 @@ def check_optimizer(saved, model):
 
 def sha256_of(spec):
     """The hash of a rank file; None for the built-in tokenizers, whose name says everything."""
-    return hashlib.sha256(Path(spec).read_bytes()).hexdigest() if spec.endswith(".tiktoken") else None
+    if not spec.endswith(".tiktoken"):
+        return None
+    return hashlib.sha256(Path(spec).read_bytes()).hexdigest()
 
 
 def find_tokenizer(saved, folder):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.budget import amount, span, step_sizes, table
+from support.budget import amount, flops_per_token, span, step_sizes, table
 from support.checkpoint import write_atomically
 
-NOT_KEPT = ("out_dir", "init_from", "overwrite", "plan", "quiet")  # what a resumed run does not keep
+NOT_KEPT = ("out_dir", "init_from", "overwrite", "plan", "quiet")  # not for a resumed run
 
 
 def describe(trainer, start):
@@ -34,12 +34,13 @@ def describe(trainer, start):
         dtype=f"{str(trainer.dtype)[6:]} ({trainer.dtype_reason})",
         compile=f"no ({trainer.compile_reason})")
     if trainer.compiled:
-        rows["compile"] = (f"yes ({trainer.compile_reason}): the first step compiles the model, and the "
-                           "first validation again; half a minute each, longer for deep models")
+        rows["compile"] = (f"yes ({trainer.compile_reason}): in the first step, and again in the "
+                           "first validation; half a minute each, longer for deep models")
     if trainer.backend:
         rows["experts"] = trainer.backend
     if c.init_from == "resume":
-        rows["start"] = "; ".join([f"after step {start['step']}", *changes(start["train_config"], c)])
+        changed = changes(start["train_config"], c)
+        rows["start"] = "; ".join([f"after step {start['step']}", *changed])
     elif c.init_from != "scratch":
         rows["start"] = c.init_from
     return table(**rows)
@@ -69,6 +70,20 @@ def summary(trainer, result, picture):
         loss=f"validation {loss:.4f} {unit}, training {result['train_loss']:.4f}",
         files=f"{out}/: ckpt.pt, config.json, log.csv{', loss.png' if picture else ''}",
         next=f"python sample.py --out_dir={out}")
+
+
+def tell(trainer, row, bar, say, peak):
+    """The progress bar, and a line for each validation. peak: FLOP/s of the GPU, or None."""
+    steps, speed = trainer.config.max_steps, f"{amount(row['tokens_per_second'])} tokens/s"
+    if peak:
+        used = row["tokens_per_second"] * flops_per_token(trainer.model_config)
+        speed += f", MFU {used / peak / trainer.ranks.size:.1%}"
+    bar.update()
+    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {speed}")
+    if row["val_loss"] is not None:
+        say(f"step {row['step']:{len(str(steps))}}/{steps}  train {row['train_loss']:.4f}  "
+            f"val {row['val_loss']:.4f}  gradient {row['grad_norm']:.2f}  {speed}  "
+            f"{span(row['seconds'])}")
 
 
 # ---- log.csv
@@ -119,7 +134,8 @@ def open_trackers(config, settings, stack):
     if config.wandb:
         wandb, name = need("wandb"), Path(config.out_dir).name
         try:
-            online = wandb.init(project=config.wandb, name=name, dir=config.out_dir, config=settings)
+            online = wandb.init(project=config.wandb, name=name, dir=config.out_dir,
+                                config=settings)
         except Exception as error:  # no login, no network: its own types
             raise ValueError(f"wandb={config.wandb}: {str(error).splitlines()[0]}") from error
         stack.callback(online.finish)

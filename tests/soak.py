@@ -1,12 +1,13 @@
-"""Kill a training run again and again, resume it, and compare the end with a run that nobody disturbed.
+"""Kill a training run again and again, resume it, and compare it with one that nobody disturbed.
 
-    python tests/soak.py                                   # 60 kills of one small run per flavour: minutes
-    python tests/soak.py --kills=3 --flavours=dense        # what the tests do
-    python tests/soak.py --minutes=30                      # no kills: does the memory of a long run stay level?
+    python tests/soak.py                              # 60 kills of one run per flavour: minutes
+    python tests/soak.py --kills=3 --flavours=dense   # what the tests do
+    python tests/soak.py --minutes=30                 # no kills: does the memory stay level?
 
-Kills are SIGKILL and SIGTERM in equal parts, at three kinds of moments: while a checkpoint is being written, a few rows
-into the run, and anywhere from the first line of train.py on. Log (times aside), weights and optimizer must be equal, bit
-for bit. Runs are forked from one process that has torch loaded, so that a restart takes no three seconds.
+Kills are SIGKILL and SIGTERM in equal parts, at three kinds of moments: while a checkpoint is being
+written, a few rows into the run, and anywhere from the first line of train.py on. Log (times
+aside), weights and optimizer must be equal, bit for bit. Runs are forked from one process that has
+torch loaded, so that a restart takes no three seconds.
 """
 
 import os
@@ -22,7 +23,13 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from train_helpers import FLAVOURS, assert_same_run, make_data, read_rows, train_command  # noqa: E402
+from train_helpers import (  # noqa: E402
+    FLAVOURS,
+    assert_same_run,
+    make_data,
+    read_rows,
+    train_command,
+)
 
 import train  # noqa: E402
 from configurator import fail, parse  # noqa: E402
@@ -83,8 +90,8 @@ def disturb(data, out, flavour, kills, steps, rng):
     with open(out.with_suffix(".txt"), "w+") as output:
         while True:
             resume = "resume" if (out / "ckpt.pt").exists() else "scratch"
-            command = train_command(data, out, flavour, init_from=resume, max_steps=steps, eval_every=7, save_every=2)[1:]
-            pid = start(command, output)
+            settings = dict(init_from=resume, max_steps=steps, eval_every=7, save_every=2)
+            pid = start(train_command(data, out, flavour, **settings)[1:], output)
             kind = rng.choice(["saving", "rows", "anywhere"])
             if hit["kills"] < kills and wait_for_moment(pid, out, kind, rng):
                 number = rng.choice([signal.SIGKILL, signal.SIGTERM])
@@ -92,16 +99,18 @@ def disturb(data, out, flavour, kills, steps, rng):
                 hit.update(("kills", f"{number.name} {kind}"))
             while (code := ended(pid)) is None:
                 time.sleep(1e-3)
-            hit["files left half-written"] += kind == "saving" and code == -signal.SIGKILL and (out / "ckpt.pt.tmp").exists()
+            killed = kind == "saving" and code == -signal.SIGKILL
+            hit["files left half-written"] += killed and (out / "ckpt.pt.tmp").exists()
             if code == 0:
                 return hit
-            if code not in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM):  # SIGTERM before the handler stands
+            # SIGTERM itself ends it before the handler stands.
+            if code not in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM):
                 output.seek(0)
                 raise AssertionError(f"exit code {code}: {output.read()[-2000:]}")
 
 
 def soak(folder, flavour, kills, steps_per_kill=4, seed=0):
-    """-> Counter of kills by signal and moment; AssertionError where the disturbed run ends differently."""
+    """-> Counter of kills by signal and moment; AssertionError where the end is another."""
     data, reference, out = folder / "data", folder / f"{flavour}_reference", folder / flavour
     if not data.exists():
         make_data(data)
@@ -122,7 +131,8 @@ def watch_memory(folder, minutes):
     """Train for `minutes` and report by how much the memory of the last two thirds varies."""
     data, out, sizes = make_data(folder / "data"), folder / "long", []
     with open(folder / "long.txt", "w+") as output:
-        pid = start(train_command(data, out, "topk", max_steps=10**7, eval_every=100, save_every=200, log_every=10)[1:], output)
+        settings = dict(max_steps=10**7, eval_every=100, save_every=200, log_every=10)
+        pid = start(train_command(data, out, "topk", **settings)[1:], output)
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end:
             time.sleep(min(5, 60 * minutes / 60))
@@ -131,9 +141,10 @@ def watch_memory(folder, minutes):
         while ended(pid) is None:
             time.sleep(0.1)
     late = sizes[len(sizes) // 3:]
-    print(f"{read_rows(out)[-1]['step']} steps in {minutes:g} minutes: {late[0] / 1e6:.1f} MB after the first third, "
-          f"{min(late) / 1e6:.1f} to {max(late) / 1e6:.1f} MB since ({(max(late) - min(late)) / min(late):.2%})")
-    return (max(late) - min(late)) / min(late)
+    low, high = min(late), max(late)
+    steps = read_rows(out)[-1]["step"]
+    print(f"{steps} steps in {minutes:g} minutes: {late[0] / 1e6:.1f} MB after "
+          f"a third, {low / 1e6:.1f} to {high / 1e6:.1f} MB since ({(high - low) / low:.2%})")
 
 
 def main():

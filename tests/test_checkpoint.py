@@ -1,4 +1,4 @@
-"""support/checkpoint.py: what is written is whole, what is loaded was checked, one process a folder.
+"""support/checkpoint.py: what is written is whole, what is loaded was checked; the lock.
 
     python tests/test_checkpoint.py --trials=500      # the fuzzer, longer than the tests have it
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from train_helpers import assert_refused, command, configs, make_data, run, tiny_run  # noqa: F401
+from train_helpers import assert_refused, command_line, configs, make_data, tiny_run  # noqa: F401
 
 import train
-from model import GPT, ModelConfig, load_checkpoint
+from model import load_checkpoint
 from support import checkpoint
 
 
@@ -83,7 +83,7 @@ MUTATIONS = {  # what is wrong: (where, what stands there, what the error says)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_whole_bytes_and_wrong_values(trained, tmp_path, command, name):  # noqa: F811
+def test_whole_bytes_and_wrong_values(trained, tmp_path, command, name):
     """One line that names the file, and what is wrong in it; the file stays as it was."""
     path, value, says = MUTATIONS[name]
     saved = torch.load(trained / "out/ckpt.pt", weights_only=True)
@@ -129,7 +129,7 @@ def test_flipped_bits(trained, tmp_path):
         start += int.from_bytes(whole[entry.header_offset + 28:][:2], "little")
         damaged[start + rng.randrange(entry.file_size)] ^= 1 << rng.randrange(8)
         (tmp_path / "ckpt.pt").write_bytes(damaged)
-        with pytest.raises(ValueError, match="the checksum of .* is wrong"):
+        with pytest.raises(ValueError, match=r"the checksum of .* is wrong"):
             load_checkpoint(tmp_path / "ckpt.pt")
 
 
@@ -145,12 +145,13 @@ def places(value, path=()):
         yield from places(part, (*path, key))
 
 
-WRONG = ("delete", None, True, -1, 10**12, 2.5, math.nan, "x", b"x", [], {}, (1, "a"), torch.zeros(3),
-         torch.zeros(2, 2, dtype=torch.bfloat16), torch.full((32,), math.inf), torch.ones(1).expand(9))
+WRONG = ("delete", None, True, -1, 10**12, 2.5, math.nan, "x", b"x", [], {}, (1, "a"),
+         torch.zeros(3), torch.zeros(2, 2, dtype=torch.bfloat16), torch.full((32,), math.inf),
+         torch.ones(1).expand(9))
 
 
 def fuzz(folder, trials, seed):
-    """Resume from `trials` spoilt checkpoints -> how many were refused; any other end is an error."""
+    """Resume from `trials` spoilt checkpoints -> how many were refused; no other end is right."""
     rng, out, refused = random.Random(seed), folder / "fuzzed", 0
     shutil.copytree(folder / "out", out, dirs_exist_ok=True)
     model_config, config = configs(folder / "data", out, "topk", n_layer=1, max_steps=3)
@@ -168,8 +169,8 @@ def fuzz(folder, trials, seed):
         else:
             torch.save(mutate(saved, rng.choice(ways), rng.choice(WRONG)), out / "ckpt.pt")
         try:
-            kept = {k: v for k, v in train.load_start(config)["train_config"].items()}
-            train.resumed({"train_config": kept}, {}, config.out_dir)
+            kept = train.load_start(config)["train_config"]
+            train.folder.resumed({"train_config": kept}, {}, config)
             train.train(model_config, config)
         except ValueError as error:
             refused += 1
@@ -203,7 +204,7 @@ def test_written_whole_or_not_at_all(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "x"]
 
 
-def test_one_process_a_folder(trained, tmp_path, command):  # noqa: F811
+def test_one_process_a_folder(trained, tmp_path, command):
     with checkpoint.lock(tmp_path / "out"):
         assert_refused(command(trained / "data", tmp_path / "out"), "out is in use", "--out_dir")
         assert os.listdir(tmp_path / "out") == []

@@ -1,7 +1,7 @@
-"""Several ranks, by torchrun and gloo: the same numbers as one rank, whatever is sharded; and what happens when one is lost.
+"""Several ranks, by torchrun and gloo: the numbers of one rank, whatever is sharded; lost ranks.
 
-torchrun takes seconds to start, so it starts this file once for many small runs: `python test_distributed.py JOBS.json` is
-the worker, and runs its jobs one after another on every rank.
+torchrun takes seconds to start, so it starts this file once for many small runs:
+`python test_distributed.py JOBS.json` is the worker, and runs its jobs one after another.
 """
 
 import json
@@ -20,6 +20,7 @@ from train_helpers import (
     TRAINING,
     assert_same_state,
     checkpoint,
+    losses,
     make_data,
     read_rows,
     run,
@@ -31,17 +32,17 @@ from model import GPT, ModelConfig
 from support.shards import ShardReader
 
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-IDLE = dict(FLAVOURS["switch"], n_experts=64)  # 64 experts for the 64 tokens of a rank's micro-step: many idle on one rank only
-CASES = FLAVOURS | {"idle": IDLE,
-                    "specialized": dict(FLAVOURS["topk"], specialization_coef=2e-3, coupling_coef=1e-3, coupling="path"),
-                    "shared code": dict(FLAVOURS["infmoe"], pool_groups=1, balance="layer", infmoe_mean=True),
+IDLE = dict(FLAVOURS["switch"], n_experts=64)  # as many experts as a rank's micro-step has tokens
+SPECIAL = dict(FLAVOURS["topk"], specialization_coef=2e-3, coupling_coef=1e-3, coupling="path")
+SHARED = dict(FLAVOURS["infmoe"], pool_groups=1, balance="layer", infmoe_mean=True)
+CASES = FLAVOURS | {"idle": IDLE, "specialized": SPECIAL, "shared code": SHARED,
                     "bank": dict(FLAVOURS["infmoe"], balance="layer", arch="llama")}
-SHARDED = [("dense", "zero1"), ("unipool", "zero1"), ("dense", "fsdp"), ("topk", "fsdp"), ("unipool", "fsdp"),
-           ("deepseek", "fsdp"), ("infmoe", "fsdp"), ("shared code", "fsdp"), ("bank", "fsdp")]
+FULLY = ("dense", "topk", "unipool", "deepseek", "infmoe", "shared code", "bank")
+SHARDED = [("dense", "zero1"), ("unipool", "zero1"), *((case, "fsdp") for case in FULLY)]
 
 
 def worker(path):
-    """Run the jobs of a file, each {"model", "train", and what happens: "signal", "rank", "step"}."""
+    """Run the jobs of a file, each {"model", "train", and its end: "signal", "rank", "step"}."""
     torch.set_num_threads(1)
     train.draw_loss = lambda *_: False
     rank, real = int(os.environ["RANK"]), train.train_step
@@ -78,17 +79,13 @@ def here(task):
     return train.train(ModelConfig(**task["model"]), train.TrainConfig(**task["train"]))
 
 
-def losses(out):
-    return np.array([[float(r[k] or 0) for k in ("train_loss", "grad_norm", "val_loss")] for r in read_rows(out)])
-
-
 def auxiliary(out):
     return np.array([float(r.get("aux_loss", 0)) for r in read_rows(out)])
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All runs of this file's first half: references on one rank with twice the micro-batch, and one start of torchrun."""
+    """The runs of the first half: on one rank with twice the micro-batch, and by one torchrun."""
     folder = tmp_path_factory.mktemp("runs")
     data, patch = make_data(folder / "data"), pytest.MonkeyPatch()
     patch.setattr(train, "draw_loss", lambda *_: False)
@@ -96,9 +93,12 @@ def runs(tmp_path_factory):
     for case in CASES:
         here(job(data, folder / f"{case} one", case, micro_batch=8))
     jobs = [job(data, folder / f"{case} none", case) for case in CASES]
-    jobs += [job(data, folder / f"{case} {shard}", case, shard=shard, recompute=case == "unipool") for case, shard in SHARDED]
+    for case, shard in SHARDED:
+        changes = dict(shard=shard, recompute=case == "unipool")
+        jobs.append(job(data, folder / f"{case} {shard}", case, **changes))
     for shard in ("none", "zero1", "fsdp"):  # SIGTERM to rank 1 alone: both stop after step 3
-        jobs.append(job(data, folder / f"stopped {shard}", "unipool", (signal.SIGTERM, 1, 2), shard=shard))
+        end = (signal.SIGTERM, 1, 2)
+        jobs.append(job(data, folder / f"stopped {shard}", "unipool", end, shard=shard))
     done = on_two_ranks(folder, jobs)
     assert done.returncode == 0 and done.stdout.count("is done") == 2, done.stdout + done.stderr
     yield folder
@@ -107,22 +107,25 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one(runs, case):
-    """Loss, gradient norm and validation to 1e-5, balance losses included, where one rank has twice the micro-batch."""
-    np.testing.assert_allclose(losses(runs / f"{case} none"), losses(runs / f"{case} one"), rtol=1e-5)
-    np.testing.assert_allclose(auxiliary(runs / f"{case} none"), auxiliary(runs / f"{case} one"), rtol=1e-5)
+    """Loss, gradient norm and validation to 1e-5, balance losses included, where one rank has
+    twice the micro-batch."""
+    two, one = runs / f"{case} none", runs / f"{case} one"
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    np.testing.assert_allclose(auxiliary(two), auxiliary(one), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("case", "shard"), SHARDED)
 def test_sharded_ranks_equal_one(runs, case, shard):
-    """zero1 and fsdp, pools and recomputation included; and what they save has one rank's names and shapes."""
-    np.testing.assert_allclose(losses(runs / f"{case} {shard}"), losses(runs / f"{case} one"), rtol=1e-5)
-    saved, plain = checkpoint(runs / f"{case} {shard}"), checkpoint(runs / f"{case} one")
+    """zero1 and fsdp, pools and recomputation included; they save one rank's names and shapes."""
+    two, one = runs / f"{case} {shard}", runs / f"{case} one"
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    saved, plain = checkpoint(two), checkpoint(one)
     assert_same_state(saved["model"], plain["model"], tolerance=2e-4)
     assert_same_state(saved["optimizer"]["state"], plain["optimizer"]["state"], tolerance=2e-4)
 
 
 def test_an_expert_idle_on_one_rank_only(runs):
-    """That the case above is what it says: some experts get tokens of one rank's first micro-step and none of the other's."""
+    """That the case above is what it says, in the first micro-step."""
     torch.manual_seed(TRAINING.get("seed", 1))
     model = GPT(ModelConfig(**SIZE, vocab_size=257, **IDLE))
     windows = torch.from_numpy(ShardReader(runs / "data", "train", 16, seed=1).batch(0, 8))
@@ -133,7 +136,8 @@ def test_an_expert_idle_on_one_rank_only(runs):
 
 def test_path_estimates_and_biases_agree(runs):
     """State in buffers is moved by the statistics of all ranks."""
-    for case, names in (("specialized", ["paths"]), ("deepseek", ["blocks.0.ffn.router.bias", "blocks.1.ffn.router.bias"])):
+    biases = ["blocks.0.ffn.router.bias", "blocks.1.ffn.router.bias"]
+    for case, names in (("specialized", ["paths"]), ("deepseek", biases)):
         one, two = (checkpoint(runs / f"{case} {kind}")["model"] for kind in ("one", "none"))
         for name in names:
             torch.testing.assert_close(one[name], two[name])
@@ -142,8 +146,8 @@ def test_path_estimates_and_biases_agree(runs):
 
 @pytest.fixture(scope="module")
 def second(runs):
-    """What was stopped on two ranks goes on for a step on one, then, by another start of torchrun, on two. After that a run
-    that speaks, and one whose rank 1 is killed. -> CompletedProcess"""
+    """What was stopped on two ranks goes on for a step on one, then, by another torchrun, on two.
+    After that a run that speaks, and one whose rank 1 is killed. -> CompletedProcess"""
     data, jobs, real = runs / "data", [], train.train_step
 
     def stopping(holder, step):
@@ -154,12 +158,14 @@ def second(runs):
     for shard in ("none", "zero1", "fsdp"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "train_step", stopping)
-            result = here(job(data, runs / f"stopped {shard}", "unipool", init_from="resume", micro_batch=8))
+            out, resume = runs / f"stopped {shard}", dict(init_from="resume", micro_batch=8)
+            result = here(job(data, out, "unipool", **resume))
         assert result["signal"] == signal.SIGTERM and result["step"] == 4
-        jobs.append(job(data, runs / f"stopped {shard}", "unipool", init_from="resume", shard=shard))
+        jobs.append(job(data, out, "unipool", init_from="resume", shard=shard))
     jobs.append(job(data, runs / "fine", "dense", quiet=False))
     command = train_command(data, runs / "lost", save_every=1, max_steps=20)[2:]
-    return on_two_ranks(runs, [*jobs, {"main": command, "signal": signal.SIGKILL, "rank": 1, "step": 3}])
+    killed = {"main": command, "signal": signal.SIGKILL, "rank": 1, "step": 3}
+    return on_two_ranks(runs, [*jobs, killed])
 
 
 def test_one_rank_stops_all(runs):
@@ -171,12 +177,14 @@ def test_one_rank_stops_all(runs):
 def test_checkpoints_move_between_numbers_of_ranks(runs, second):
     """2 ranks -> 1 -> 2, for every way to shard: the losses of one undisturbed run, to 1e-5."""
     for shard in ("none", "zero1", "fsdp"):
-        np.testing.assert_allclose(losses(runs / f"stopped {shard}"), losses(runs / "unipool one"), rtol=1e-5)
+        moved, one = losses(runs / f"stopped {shard}"), losses(runs / "unipool one")
+        np.testing.assert_allclose(moved, one, rtol=1e-5)
 
 
 def test_one_voice(second):
     """All ranks work, rank 0 speaks."""
-    assert second.stdout.count("finished 6 steps") == 1 and second.stdout.count("model    gpt2 dense") == 2
+    assert second.stdout.count("finished 6 steps") == 1
+    assert second.stdout.count("model    gpt2 dense") == 2
     assert "2 micro-steps x 2 ranks x 4 sequences" in second.stdout
 
 
@@ -185,30 +193,33 @@ def test_a_lost_rank_is_named(runs, second):
     assert second.returncode != 0
     assert "error: rank 0: rank 1 of 2 has vanished or hangs; --init_from=resume" in second.stderr
     assert checkpoint(runs / "lost")["step"] == 3
-    assert here(job(runs / "data", runs / "lost", "dense", init_from="resume", max_steps=20))["finished"]
+    resume = dict(init_from="resume", max_steps=20)
+    assert here(job(runs / "data", runs / "lost", "dense", **resume))["finished"]
     assert [int(r["step"]) for r in read_rows(runs / "lost")] == list(range(1, 21))
 
 
 @pytest.mark.slow
 def test_command_line(tmp_path):
-    """torchrun train.py as a user types it: nothing on stderr, and a mistake is one line per rank."""
+    """torchrun train.py as a user types it: nothing on stderr; a mistake is one line per rank."""
     data = make_data(tmp_path / "data")
     done = run(train_command(data, tmp_path / "out", "topk", ranks=2))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     done = run(train_command(data, tmp_path / "out", "topk", ranks=2))
-    assert done.returncode != 0 and "rank 0: " in done.stderr and "--overwrite starts anew" in done.stderr
+    assert done.returncode != 0
+    assert "rank 0: " in done.stderr and "--overwrite starts anew" in done.stderr
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs(tmp_path):
-    """Stopped, not dead: the others wait for --timeout seconds, then name it. (torchrun needs half a minute to kill it.)"""
+    """Stopped, not dead: the others wait for --timeout seconds, then name it."""
     data = make_data(tmp_path / "data")
     command = train_command(data, tmp_path / "out", max_steps=50, timeout=4)[2:]
     path = tmp_path / "jobs.json"
     path.write_text(json.dumps([{"main": command, "signal": signal.SIGSTOP, "rank": 0, "step": 3}]))
     done = run([*TORCHRUN, __file__, str(path)])
-    assert done.returncode != 0 and "rank 1: rank 0 of 2 has vanished or hangs" in done.stderr, done.stderr
+    assert done.returncode != 0
+    assert "rank 1: rank 0 of 2 has vanished or hangs" in done.stderr, done.stderr
 
 
 @pytest.mark.slow
@@ -216,7 +227,8 @@ def test_compiled_ranks(tmp_path):
     """The compiled model inside DDP, balance counts all-reduced within the graph."""
     data = make_data(tmp_path / "data")
     here(job(data, tmp_path / "one", "topk", micro_batch=8))
-    assert on_two_ranks(tmp_path, [job(data, tmp_path / "two", "topk", compile="true")]).returncode == 0
+    two = job(data, tmp_path / "two", "topk", compile="true")
+    assert on_two_ranks(tmp_path, [two]).returncode == 0
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 

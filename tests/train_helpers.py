@@ -1,4 +1,4 @@
-"""What the tests of train.py and sample.py share: a tiny corpus, tiny models of every flavour, and real processes."""
+"""For the tests of train.py and sample.py: a tiny corpus, tiny models, and real processes."""
 
 import csv
 import dataclasses
@@ -29,12 +29,12 @@ FLAVOURS = {
     "unipool": dict(flavour="unipool", n_experts=6, top_k=2, arch="llama"),
     "infmoe": dict(flavour="infmoe", infmoe_dz=8),
 }
-TRAINING = dict(max_steps=6, batch_tokens=256, micro_batch=4, eval_every=3, eval_tokens=128, save_every=2, warmup_steps=2,
-                device="cpu", dtype="float32", compile="false")
+TRAINING = dict(max_steps=6, batch_tokens=256, micro_batch=4, eval_every=3, eval_tokens=128,
+                save_every=2, warmup_steps=2, device="cpu", dtype="float32", compile="false")
 
 
 def make_data(folder, n_train=4001, n_val=600, shards=2):
-    """A corpus of bytes with something to learn in it: short words, one after another, by a fixed seed."""
+    """A corpus of bytes with something to learn in it: short words, by a fixed seed."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     words = [b"one ", b"two ", b"three ", b"four\n"]
@@ -51,7 +51,8 @@ def options(**settings):
 
 
 def train_command(data, out, flavour="dense", ranks=1, **changes):
-    launcher = [PYTHON] if ranks == 1 else [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [PYTHON, *(torchrun if ranks > 1 else [])]
     chosen = {"dataset": data, "out_dir": out} | SIZE | FLAVOURS[flavour] | TRAINING | changes
     return [*launcher, str(ROOT / "train.py"), *options(**chosen)]
 
@@ -62,7 +63,8 @@ def environment(**more):
 
 def run(command, cwd=None, timeout=300, **more):
     """-> CompletedProcess, output as text"""
-    return subprocess.run(command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=environment(**more), capture_output=True, text=True,
+                          timeout=timeout)
 
 
 def read_rows(out):
@@ -72,7 +74,14 @@ def read_rows(out):
 
 def timeless(rows):
     """Rows without the columns that hold times."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    times = ("seconds", "tokens_per_second")
+    return [{name: text for name, text in row.items() if name not in times} for row in rows]
+
+
+def losses(out):
+    """Training loss, gradient norm and validation loss (0 where there was none) of each row."""
+    names = ("train_loss", "grad_norm", "val_loss")
+    return np.array([[float(row[name] or 0) for name in names] for row in read_rows(out)])
 
 
 def assert_same_state(left, right, tolerance=0):
@@ -117,8 +126,8 @@ def tiny_run(data, out, flavour="dense", **changes):
     return train.train(*configs(data, out, flavour, **changes))
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
+@pytest.fixture(name="command")
+def command_line(monkeypatch, capsys):
     """train.py's main with a command line -> (exit code, stdout, stderr)"""
     def call(data, out, flavour="dense", **changes):
         monkeypatch.setattr(sys, "argv", train_command(data, out, flavour, **changes)[1:])

@@ -1,0 +1,145 @@
+"""What a training run starts from, and what it leaves in its folder."""
+
+import contextlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from support import checkpoint, machine
+from support.checkpoint import write_atomically
+from support.report import NOT_KEPT, trim_log
+from support.shards import load_meta
+from support.tokenizer import get_tokenizer
+
+
+def load_start(config, config_class, model_class):
+    """None, or a dictionary like a checkpoint's."""
+    if config.init_from == "scratch":
+        return None
+    if config.init_from == "gpt2" or config.init_from.startswith("hf:"):
+        model = model_class.from_hf(config.init_from.removeprefix("hf:"))
+        return {"model": model.state_dict(), "model_config": asdict(model.config)}
+    resume = config.init_from == "resume"
+    folder = config.out_dir if resume else config.init_from
+    return checkpoint.load(Path(folder, "ckpt.pt"), config_class, model_class, resume)
+
+
+def resumed(start, given, config):
+    """The settings that a run was saved with, and what is given now."""
+    kept = {name: value for name, value in start["train_config"].items() if name not in NOT_KEPT}
+    try:
+        return type(config)(**(kept | given))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config.out_dir}/ckpt.pt, train_config: {error}") from None
+
+
+def load_weights(model, weights, source):
+    """Buffers may be missing (a new run may turn on a loss that keeps one), parameters may not."""
+    try:
+        missing, unknown = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # a shape: the line after the title names it
+        raise ValueError(f"init_from={source}: {str(error).splitlines()[1].strip()}") from None
+    missing = set(missing) & {name for name, _ in model.named_parameters()}
+    if missing or unknown:
+        raise ValueError(f"init_from={source} holds another model: {len(missing)} of the weights "
+                         f"here are missing there and {len(unknown)} of those there are unknown "
+                         f"here, among them {sorted([*missing, *unknown])[0]}")
+
+
+def check_start(model_config, config, start):
+    """Refuse to overwrite a checkpoint, and to go on from another model or tokenizer."""
+    path, meta = Path(config.out_dir, "ckpt.pt"), load_meta(config.dataset)
+    resume, here = config.init_from == "resume", asdict(model_config)
+    if not resume and not config.overwrite and path.exists():
+        raise ValueError(f"{path} exists: --init_from=resume goes on, --overwrite starts anew, "
+                         "--out_dir=... goes elsewhere")
+    there = start["model_config"] if resume else here
+    other = [f"{k} is {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
+    if other:
+        raise ValueError(f"{path} holds another model: {'; '.join(other)}")
+    if start is not None:
+        check_tokenizer(config, meta, start)
+    if model_config.vocab_size < meta["vocab_size"]:
+        raise ValueError(f"vocab_size={model_config.vocab_size} is less than the "
+                         f"{meta['vocab_size']} of {config.dataset}")
+
+
+def check_tokenizer(config, meta, start):
+    """ValueError, naming both, where the weights were trained on other tokens than the shards'."""
+    ours, saved = meta["tokenizer"], start.get("tokenizer")
+    if saved is None:
+        n_ids = start["model_config"]["vocab_size"]
+        if not same_as_hugging_face(config.init_from.removeprefix("hf:"), meta, n_ids):
+            raise ValueError(f"init_from={config.init_from} reads another tokenizer ({n_ids} ids) "
+                             f"than that of {config.dataset}: {ours} ({meta['vocab_size']} ids)")
+        return
+    digest = checkpoint.sha256_of(saved)
+    same_file = digest is not None and digest == checkpoint.sha256_of(ours)
+    if ours != saved and not same_file:
+        raise ValueError(f"init_from={config.init_from} reads {saved} tokens, and {config.dataset} "
+                         f"holds {ours}")
+
+
+def same_as_hugging_face(name, meta, n_ids):
+    """Whether both tokenizers read a text alike; for a model that came without one, whether its
+    number of ids is the shards', which may be padded to a multiple of 128."""
+    from transformers import AutoTokenizer
+    text = "def f(x):\n    return 'naïve' * x  # twice"
+    with contextlib.suppress(Exception):  # no tokenizer there, or none that loads: of many types
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if len(theirs) > 255:  # else an empty one, made for a folder that holds none
+            ids = theirs.encode(text, add_special_tokens=False)
+            return ids == get_tokenizer(meta["tokenizer"]).encode(text)
+    return n_ids <= max(math.ceil(meta["vocab_size"] / 128) * 128, 1.02 * meta["vocab_size"])
+
+
+# ---- what a run leaves on disk
+
+def open_folder(trainer, settings, step):
+    """Once a first step has worked: nothing of an older run may be taken for this one's."""
+    c, folder = trainer.config, Path(trainer.config.out_dir)
+    text = json.dumps(settings, indent=1).encode()
+    write_atomically(folder / "config.json", lambda f: f.write(text))
+    if trainer.tokenizer.endswith(".tiktoken"):
+        ranks = Path(trainer.tokenizer).read_bytes()
+        write_atomically(folder / checkpoint.TOKENIZER_FILE, lambda f: f.write(ranks))
+    if c.init_from == "resume":
+        trim_log(folder / "log.csv", step)
+    else:
+        for name in ("ckpt.pt", "log.csv", "loss.png"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def save(trainer, step, seconds, val_loss):
+    """out_dir/ckpt.pt, the same on any number of ranks: all gather, rank 0 writes, all hear."""
+    c, problem = trainer.config, None
+    model, optimizer = machine.gather_state(trainer.model, trainer.optimizer, trainer.ranks)
+    if trainer.ranks.rank == 0:
+        state = {"step": step, "seconds": seconds, "val_loss": val_loss, "model": model,
+                 "optimizer": optimizer, "scaler": trainer.scaler.state_dict(),
+                 "tokenizer": trainer.tokenizer,
+                 "tokenizer_sha256": checkpoint.sha256_of(trainer.tokenizer),
+                 "model_config": asdict(trainer.model_config), "train_config": asdict(c)}
+        try:
+            write_atomically(Path(c.out_dir, "ckpt.pt"), lambda f: torch.save(state, f))
+        except OSError as error:
+            problem = error
+    if trainer.ranks.sum(problem is not None)[0]:
+        raise OSError(f"could not save step {step}: {problem or 'see rank 0'}; "
+                      f"{trainer.last_checkpoint()}")
+    trainer.saved = step
+
+
+def check_good(trainer, step, loss):
+    """Before saving: a checkpoint that cannot go on must not replace one that can.
+
+    Every weight is finite, and so is the loss that they give on windows of the validation split.
+    """
+    mine = (p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters())
+    broken = sum(not p.isfinite().all() for p in mine)
+    if trainer.ranks.sum(broken)[0] or not math.isfinite(loss):
+        raise FloatingPointError(f"step {step} left weights that give a loss of {loss:.4g}, and is "
+                                 f"not saved; {trainer.last_checkpoint()}; a lower --lr may help")
