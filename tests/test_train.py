@@ -669,7 +669,8 @@ def test_ctrl_c_while_starting(data, tmp_path):
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGINT, 130) and err == "", (delay, err)
+        if "init_import_site" not in err:  # Python itself had not started yet
+            assert process.returncode in (-signal.SIGINT, 130) and err == "", (delay, err)
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
