@@ -482,42 +482,24 @@ class ExportConfig:
     export: str | None = None  # with --out_dir: write that checkpoint as a folder for transformers
 
 
-def part_of(name):
-    """Which part of the model the parameter `name` belongs to."""
-    if name.split(".")[0] in ("wte", "wpe", "head"):
-        return "embeddings"
-    parts = {".attention.": "attention", ".router.": "routers", "bank.": "experts", "pools.": "experts", ".ffn.": "dense FFN"}
-    return next((part for key, part in parts.items() if key in name), "norms")
-
-
-def print_parameters(config):
-    """Stored parameters, and those that one token uses, by part."""
-    with torch.device("meta"):
-        model = GPT(config)
-    stored = {}
-    for name, p in model.named_parameters():
-        stored[part_of(name)] = stored.get(part_of(name), 0) + p.numel()
-    total, active = sum(stored.values()), config.n_active_params()
-    rows = [(part, n, n if part != "experts" else active - total + n) for part, n in stored.items()]
-    print(f"{config.arch} {config.flavour}, {config.n_layer} layers\n{'parameters':12}{'stored':>16}{'active':>16}")
-    for part, n, used in [*rows, ("total", total, active)]:
-        print(f"{part:12}{n:16,}{used:16,}")
-
-
 def main():
     from configurator import fail, parse
+    from support import budget, hf
+    from support.tokenizer import get_tokenizer
     from train import TrainConfig  # config files have its keys, too
     parsed = parse(ModelConfig, TrainConfig, ExportConfig, words=("config",), doc=__doc__)
     folder, target = parsed.given.get("out_dir"), parsed.make(ExportConfig).export
-    if parsed.words["config"] or not folder:
-        if target:
-            fail("--export writes a trained model: name its folder with --out_dir, and no config file")
-        return print_parameters(parsed.make(ModelConfig))
-    from support import hf
-    from support.tokenizer import get_tokenizer
     try:
-        saved = load_checkpoint(os.path.join(folder, "ckpt.pt"))
-        print_parameters(ModelConfig(**saved["model_config"]))
+        budget.check_size(parsed.given)
+        if parsed.words["config"] or not folder:
+            rules.check([(not target, "--export writes a trained model: name its folder with "
+                          "--out_dir, and no config file")])
+            config = parsed.make(ModelConfig)
+        else:
+            saved = load_checkpoint(os.path.join(folder, "ckpt.pt"))
+            config = ModelConfig(**saved["model_config"])
+        with torch.device("meta"):
+            budget.print_parameters(GPT(config), config.n_active_params())
         if target:
             hf.export(GPT.from_checkpoint(folder), target, get_tokenizer(saved["tokenizer"]))
             print(f'wrote {target}: AutoModelForCausalLM.from_pretrained("{target}")')

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from configurator import fail, parse
 from support import folders, shards
+from support.files import write_atomically
 from support.folders import beside, is_shard, load_meta
 from support.shards import ShardWriter, file_sha256
 from support.sources import HUB, PYTHON_SOURCES, fetch, is_validation, list_files, read_batches
@@ -138,6 +139,10 @@ class Preparation:
         """Training tokens that may still come."""
         return max(0, (self.settings["max_tokens"] or math.inf) - self.tokens("train"))
 
+    def write(self, name, value):
+        text = json.dumps(value, indent=1 if name == "meta.json" else None).encode()
+        write_atomically(self.work / name, lambda f: f.write(text))
+
     def run(self, make):
         """Do the parts that are left. make: tokenize_part or take_part."""
         total, left = (sum(f.size for part in p for f in part) for p in (self.plan, self.left()))
@@ -148,8 +153,7 @@ class Preparation:
                 paths = (fetch(file, self.work / "raw") for file in files)
                 made, documents = make(self, paths, bar.update)
                 self.parts.append({"files": files, "shards": made, "documents": documents})
-                state = {"settings": self.settings, "parts": self.parts}
-                shards.atomic_write(self.work / "state.json", json.dumps(state).encode())
+                self.write("state.json", {"settings": self.settings, "parts": self.parts})
                 bar.set_postfix_str(f"{self.tokens('train') / 1e6:.1f}M tokens")
                 shutil.rmtree(self.work / "raw", ignore_errors=True)
 
@@ -199,7 +203,8 @@ class Preparation:
         meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
         if tokenizer.sha256:  # a copy travels with the data
             meta |= {"tokenizer": folders.RANKS, "tokenizer_sha256": tokenizer.sha256}
-            shards.atomic_write(self.work / folders.RANKS, Path(tokenizer.name).read_bytes())
+            ranks = Path(tokenizer.name).read_bytes()
+            write_atomically(self.work / folders.RANKS, lambda f: f.write(ranks))
         meta["source"] = " ".join(self.settings["sources"])
         meta |= {f"{split}_tokens": self.tokens(split) for split in ("train", "val")}
         meta["documents"] = sum(part["documents"] for part in self.parts)  # 0: unknown
@@ -210,7 +215,7 @@ class Preparation:
             if path.name not in meta["shards"]:  # of an earlier run, with other settings
                 path.unlink()
         shutil.rmtree(self.work / "raw", ignore_errors=True)
-        shards.atomic_write(self.work / "meta.json", json.dumps(meta, indent=1).encode())
+        self.write("meta.json", meta)
 
 
 def group(files):

@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-import importlib.util
 import math
 import os
 import sys
@@ -43,7 +42,7 @@ from tqdm import tqdm
 import kernels
 from configurator import fail, parse
 from model import GPT, ModelConfig
-from support import budget, checkpoint, folder, machine
+from support import budget, checkpoint, cpu, files, folder, machine
 from support.report import describe, draw_loss, log_row, open_trackers, summary, tell
 from support.shards import ShardReader, load_meta
 
@@ -332,7 +331,7 @@ def train(model_config, config, start=None):
                 "goes on")
             return {"step": first, "finished": True, "signal": None, "val_loss": start["val_loss"]}
         if ranks.rank == 0:
-            stack.enter_context(checkpoint.lock(config.out_dir))
+            stack.enter_context(files.lock(config.out_dir))
         trainer = Trainer(model_config, config, start, ranks)
         allow_compiling(trainer, stack)
         say(describe(trainer, start))
@@ -355,10 +354,8 @@ def train(model_config, config, start=None):
 
 def allow_compiling(trainer, stack):
     """--compile=false means none: the experts' own operators ask, too."""
-    if importlib.util.find_spec("support.cpu"):
-        from support.cpu import allow_compile
-        allow_compile(trainer.config.compile != "false")
-        stack.callback(allow_compile, False)
+    cpu.allow_compile(trainer.config.compile != "false")
+    stack.callback(cpu.allow_compile, False)
     if trainer.compiled:
         stack.callback(torch.compiler.reset)  # the next run in this process compiles its own model
 
@@ -454,6 +451,7 @@ def settings(parsed):
 
 def main():
     parsed = parse(ModelConfig, TrainConfig, words=("config",), doc=__doc__)
+    cpu.prepare_process()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         model_config, config, start = settings(parsed)

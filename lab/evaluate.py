@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from configurator import fail, nearest, parse
-from lab import write_atomically
 from model import GPT, KVCache, ModelConfig, load_checkpoint
 from support.checkpoint import newest_run
+from support.files import write_atomically
 from support.machine import pick_device
 from support.tokenizer import get_tokenizer
 

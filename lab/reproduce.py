@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from lab import write_atomically
+from support.files import write_atomically
 
 # ---- what is run
 
@@ -386,7 +386,7 @@ def make_record(size, name, seed, val_loss):
     import torch
 
     from model import GPT
-    from support.machine import flops_per_token
+    from support.budget import flops_per_token
 
     folder, (settings, _) = folder_of(size, name, seed), settings_of(size, name)
     with open(folder / "log.csv") as f:
@@ -429,10 +429,10 @@ def measure(model, settings, folder, claims):
 def routing_measures(model, tokens):
     import torch
 
-    import moe
+    import losses
     kept, hooks = [], []
     for block in model.blocks:  # each layer is asked for its experts' activations, too
-        ask = lambda _, args: (*args[:3], True)
+        ask = lambda _, args: (*args[:4], True)
         keep = lambda _, args, output: kept.append(output[2])
         hooks += [block.ffn.register_forward_pre_hook(ask), block.ffn.register_forward_hook(keep)]
     routings = model(tokens, return_routings=True).routings
@@ -440,13 +440,13 @@ def routing_measures(model, tokens):
         hook.remove()
     n, pairs = model.config.n_experts, list(zip(routings, routings[1:]))
     found = {
-        "routing entropy": mean(moe.routing_entropy(r.scores).item() for r in routings),
-        "path consistency": mean(moe.path_consistency(a.ids, b.ids, n).item() for a, b in pairs)}
+        "routing entropy": mean(losses.routing_entropy(r.scores).item() for r in routings),
+        "path consistency": mean(losses.path_consistency(a.ids, b.ids, n).item() for a, b in pairs)}
     if model.config.top_k > 1:
-        found["overlap"] = mean(moe.overlap(activations).item() for activations in kept)
+        found["overlap"] = mean(losses.overlap(activations).item() for activations in kept)
     if model.config.pool_groups == 1:
         ids = torch.stack([r.ids for r in routings])
-        found["unique experts"] = moe.unique_experts(ids).item()
+        found["unique experts"] = losses.unique_experts(ids).item()
     return found
 
 
@@ -486,18 +486,18 @@ def losses_by_samples(model, tokens, targets):
 @contextlib.contextmanager
 def stale_pool_loss():
     """UniPool's released code takes f from the previous micro-batch; so does the loss in here."""
-    import moe
-    exact, before = moe.pool_loss, []
+    import losses
+    exact, before = losses.BALANCES["pool"], []
 
     def stale(scores, counts):
         before.append([c.detach().clone() for c in counts])
         return exact(scores, before.pop(0) if len(before) > 1 else before[0])
 
-    moe.pool_loss = stale
+    losses.BALANCES["pool"] = stale
     try:
         yield
     finally:
-        moe.pool_loss = exact
+        losses.BALANCES["pool"] = exact
 
 
 def hardware():

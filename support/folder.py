@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from support import checkpoint, machine
-from support.checkpoint import write_atomically
+from support.files import write_atomically
 from support.report import NOT_KEPT, trim_log
 from support.shards import load_meta
 from support.tokenizer import get_tokenizer

@@ -1,13 +1,14 @@
 """A folder of shards: its meta.json, its names, and the lock under which it is made."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import shlex
 import shutil
 from pathlib import Path
+
+from support.files import is_locked
 
 # what prepare_data.py knows by name
 SOURCES = ("stdlib", "packages", "fineweb", "fineweb-edu", "pile", "pretokenized")
@@ -108,12 +109,10 @@ def locked(work):
     work.mkdir(parents=True, exist_ok=True)
     check_ours(work)
     with open(work / LOCK, "a") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = not is_locked(f.fileno())
+        with contextlib.suppress(FileNotFoundError):
             # the folder may have got its name since: then this lock is no longer the one of `work`
-            alone = os.path.samestat(os.fstat(f.fileno()), os.stat(work / LOCK))
-        except (BlockingIOError, FileNotFoundError):
-            alone = False
+            alone = alone and os.path.samestat(os.fstat(f.fileno()), os.stat(work / LOCK))
         if not alone:
             raise ValueError(f"{work}: another preparation is at work there")
         (work / "meta.json").unlink(missing_ok=True)  # of a run that was killed at its very end

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from support.budget import amount, flops_per_token, span, step_sizes, table
-from support.checkpoint import write_atomically
+from support.files import write_atomically
 
 NOT_KEPT = ("out_dir", "init_from", "overwrite", "plan", "quiet")  # not for a resumed run
 

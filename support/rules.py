@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 
 COEFFICIENTS = {"none": 0.0, "bias": 1e-3}  # V3's rate; balance losses have 1e-2, as in Switch
 MAY_BE_ZERO = ("n_shared_experts", "pool_groups", "infmoe_mean_from", "infmoe_hidden")
-LARGEST = {"n_layer": 10_000, "n_experts": 10**7, "infmoe_depth": 100}  # no machine builds more
+LARGEST = {"n_layer": 2000, "n_experts": 10**7, "infmoe_depth": 100}  # building more takes minutes
 OF_THE_BACKBONE = (
     "arch", "flavour", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "head_dim",
     "block_size", "vocab_size", "dropout", "bias", "qk_norm", "norm_eps", "tie_embeddings",
@@ -38,7 +38,7 @@ def value_rules(config):
         if type(value) is int:
             least, most = int(name not in MAY_BE_ZERO), LARGEST.get(name, 2**40)
             yield value >= least, f"{name}={value} must be at least {least}"
-            yield value <= most, f"{name}={value} is more than {most}, and than any machine builds"
+            yield value <= most, f"{name}={value} is more than {most}, the most for this code"
         if type(value) is float:
             finite = 0 <= value < math.inf
             yield finite, f"{name}={value} must be finite and not negative"

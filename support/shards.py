@@ -3,7 +3,6 @@
 A shard is 256 little-endian int32 (20240520, 1, token count, zeros), then uint16 tokens.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -11,38 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
+from support.files import write_atomically
 from support.folders import is_shard, load_meta, making_of, shard_paths
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-
-
-def atomic_write(path, *chunks):
-    """Write a file that is whole or not there: another name, fsync, rename.
-
-    An OSError names `path`, and leaves no temporary file behind.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # of a killed run; "x" below follows no link
-        with open(temporary, "xb") as f:
-            for chunk in chunks:
-                f.write(chunk)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
 
 
 def write_shard(path, tokens):
     """tokens: fewer than 2**31 integers < 2**16. -> {"tokens": count, "sha256": of the file}"""
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    atomic_write(path, header.tobytes(), np.ascontiguousarray(tokens, "<u2").data)
+    data = header.tobytes(), np.ascontiguousarray(tokens, "<u2").data
+    write_atomically(path, lambda f: f.writelines(data))
     return {"tokens": len(tokens), "sha256": file_sha256(path)}
 
 

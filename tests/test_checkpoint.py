@@ -19,7 +19,7 @@ from train_helpers import assert_refused, command_line, configs, make_data, tiny
 
 import train
 from model import load_checkpoint
-from support import checkpoint
+from support import checkpoint, files
 
 
 @pytest.fixture(scope="module")
@@ -190,28 +190,28 @@ def test_written_whole_or_not_at_all(tmp_path):
     path, elsewhere = tmp_path / "x", tmp_path / "elsewhere"
     elsewhere.write_text("precious")
     path.with_name("x.tmp").symlink_to(elsewhere)  # what a stranger may leave: not followed
-    checkpoint.write_atomically(path, lambda f: f.write(b"good"))
+    files.write_atomically(path, lambda f: f.write(b"good"))
 
     def broken(f):
         f.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(path, broken)
+        files.write_atomically(path, broken)
     with pytest.raises(OSError, match=rf"{tmp_path / 'none'}.* cannot be written: No such file"):
-        checkpoint.write_atomically(tmp_path / "none/x", broken)
+        files.write_atomically(tmp_path / "none/x", broken)
     assert path.read_bytes() == b"good" and elsewhere.read_text() == "precious"
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "x"]
 
 
 def test_one_process_a_folder(trained, tmp_path, command):
-    with checkpoint.lock(tmp_path / "out"):
+    with files.lock(tmp_path / "out"):
         assert_refused(command(trained / "data", tmp_path / "out"), "out is in use", "--out_dir")
         assert os.listdir(tmp_path / "out") == []
     assert command(trained / "data", tmp_path / "out", max_steps=1)[0] == 0
-    with pytest.raises(RuntimeError), checkpoint.lock(tmp_path):  # freed whatever happens
+    with pytest.raises(RuntimeError), files.lock(tmp_path):  # freed whatever happens
         raise RuntimeError
-    with checkpoint.lock(tmp_path):
+    with files.lock(tmp_path):
         pass
 
 

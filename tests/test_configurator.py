@@ -328,10 +328,10 @@ def test_help_is_as_wide_as_the_terminal(columns, capsys, monkeypatch):
     assert "holds a hash and its comment goes on for three lines" in " ".join(out.split())
 
 
-IN_WORK = pytest.mark.xfail(reason="expert and infmoe_mean_from do not say it yet")
 
 
-@pytest.mark.parametrize("schema", [pytest.param(ModelConfig, marks=IN_WORK), TrainConfig])
+
+@pytest.mark.parametrize("schema", [ModelConfig, TrainConfig])
 def test_help_says_what_none_means(schema):
     """A field whose default is None: its comment says what that stands for, or its flavour does."""
     comments = field_comments(schema)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from train_helpers import make_data
 
-import moe
+import losses
 from lab import reproduce
 
 ROOT = Path(__file__).parent.parent
@@ -212,11 +212,11 @@ def test_fine_tuning_starts_from_the_run_it_names(tiny):
 def test_stale_pool_loss_uses_the_counts_of_the_call_before():
     scores = [torch.rand(6, 4)]
     counts = torch.tensor([[3.0, 1, 1, 1]]), torch.tensor([[0.0, 0, 0, 6]])
-    exact = moe.pool_loss
+    exact = losses.BALANCES["pool"]
     with reproduce.stale_pool_loss():
-        first, second = (moe.pool_loss(scores, list(c)) for c in counts)
-    assert moe.pool_loss is exact
-    assert first == second == exact(scores, list(counts[0])) != exact(scores, list(counts[1]))
+        first, second = (losses.BALANCES["pool"](scores, [c]) for c in counts)
+    assert losses.BALANCES["pool"] is exact
+    assert first == second == exact(scores, [counts[0]]) != exact(scores, [counts[1]])
 
 
 def test_prose_is_docstrings(tmp_path):
