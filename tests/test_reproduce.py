@@ -14,8 +14,8 @@ import pytest
 import torch
 from train_helpers import make_data
 
-import losses
 from lab import reproduce
+from losses import BALANCES
 
 ROOT = Path(__file__).parent.parent
 REPRODUCE = [sys.executable, "-m", "lab.reproduce"]
@@ -212,10 +212,10 @@ def test_fine_tuning_starts_from_the_run_it_names(tiny):
 def test_stale_pool_loss_uses_the_counts_of_the_call_before():
     scores = [torch.rand(6, 4)]
     counts = torch.tensor([[3.0, 1, 1, 1]]), torch.tensor([[0.0, 0, 0, 6]])
-    exact = losses.BALANCES["pool"]
+    exact = BALANCES["pool"]
     with reproduce.stale_pool_loss():
-        first, second = (losses.BALANCES["pool"](scores, [c]) for c in counts)
-    assert losses.BALANCES["pool"] is exact
+        first, second = (BALANCES["pool"](scores, [c]) for c in counts)
+    assert BALANCES["pool"] is exact
     assert first == second == exact(scores, [counts[0]]) != exact(scores, [counts[1]])
 
 
