@@ -13,7 +13,7 @@ from model import GPT
 from support.tokenizer import get_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-hf = pytest.importorskip("hf")
+from support import hf  # noqa: E402
 
 
 def same_logits(mine, theirs):
