@@ -145,10 +145,7 @@ def load_hf(config):
     options = {"dtype": config.dtype} | ({"device_map": config.device_map} if config.device_map else {})
     if config.load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(config.hf, **options).eval()
-    except OSError as error:
-        raise ValueError(f"{config.hf}: no model that transformers can read ({str(error).splitlines()[0]})") from None
+    model = hf.load_theirs(config.hf, **options)
     if not (config.device_map or config.load_in_4bit):
         model.to(pick_device(config.device))
     c, layers = model.config.get_text_config(), []
@@ -159,7 +156,7 @@ def load_hf(config):
             layers.append(Layer(index, router, block, experts, len(router.weight), c.num_experts_per_tok))
     if not layers:
         raise ValueError(f"{config.hf}: {type(model).__name__} has no *TopKRouter module to hook, as {FAMILIES} have")
-    encode = lambda text: transformers.AutoTokenizer.from_pretrained(config.hf)(text, verbose=False).input_ids
+    encode = lambda text: transformers.AutoTokenizer.from_pretrained(config.hf, trust_remote_code=False)(text, verbose=False).input_ids
     size = min(config.block_size or 1024, getattr(c, "max_position_embeddings", None) or 1024)
     windows = read_windows(config, config.dataset, size, c.vocab_size, encode)
     kind = f"{type(model).__name__}, {c.num_hidden_layers} layers, {layers[0].n_experts} experts, top {layers[0].top_k}"

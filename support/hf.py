@@ -7,6 +7,8 @@
 
 One table of names per family serves both directions. What would not give the same logits is refused, with the reason.
 """
+import contextlib
+import logging
 import re
 
 import torch
@@ -69,16 +71,54 @@ def need_transformers():
 
 # ---- in
 
+@contextlib.contextmanager
+def readable(name):
+    """Turns what transformers raises (no folder, no such name, no network, damaged files, foreign code) into one line."""
+    try:
+        yield
+    except ImportError:  # bitsandbytes or accelerate is missing: the message says which
+        raise
+    except Exception as error:  # safetensors, json and the hub have types of their own
+        raise ValueError(f"{name}: no model that transformers can read ({str(error).splitlines()[0]})") from None
+
+
+def load_theirs(name, **options):
+    """transformers' model, by its name on the hub or its folder, in evaluation mode. Code that comes with it never runs. ValueError, naming
+    them, for weights that the files lack, or have and the model has not, or that are of another shape."""
+    transformers, reports = need_transformers(), []
+    logger = logging.getLogger("transformers.modeling_utils")  # its report is the only place that names some of them
+    logger.addFilter(collect := lambda record: reports.append(record.getMessage()))
+    try:
+        with readable(name):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except ValueError:
+        found = {kind: re.findall(rf"^(\S.*?) *\| {kind.upper()}", "\n".join(reports), re.M) for kind in ("missing", "conversion")}
+        refuse_incomplete(name, found)
+        raise
+    finally:
+        logger.removeFilter(collect)
+    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    refuse_incomplete(name, {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": mismatched})
+    return model.eval()
+
+
+def refuse_incomplete(name, found):
+    """found: {what is wrong: names of weights}; ValueError unless all are empty."""
+    wrong = [f"{kind} {', '.join(sorted(keys)[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+             for kind, keys in found.items() if keys]
+    if wrong:
+        raise ValueError(f"{name}: its weights and its config.json do not belong together: {'; '.join(wrong)}; download it again")
+
+
 def load(name):
     """A model of transformers', by its name on the hub or its folder, as a GPT in float32. ValueError, naming the reason,
     for one that would not compute the same here."""
     transformers = need_transformers()
-    try:
-        hf_config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:  # no such folder, no such name on the hub, no network, no config.json
-        raise ValueError(f"{name}: no model that transformers can read ({str(error).splitlines()[0]})") from None
+    with readable(name):
+        hf_config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     config = read_config(hf_config, name)
-    weights = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").state_dict()
+    weights = load_theirs(name, dtype="auto").state_dict()
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict({ours: take(weights, ours, config.arch) for ours in model.state_dict()}, assign=True)

@@ -2,18 +2,21 @@
 
   1. in: logits      2. in: what is refused      3. out: logits, round trips      4. out: what is refused      5. fine-tuning
 """
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from probe_helpers import CONTEXT, VOCAB, hf_model, random_model, save_checkpoint, saved, text_shards, tokens
 
 from model import GPT
+from support import hf
 from support.tokenizer import get_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-from support import hf  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402  (comes with transformers)
 
 
 def same_logits(mine, theirs):
@@ -92,6 +95,57 @@ def test_other_architectures_are_refused(model_type, changes, words, tmp_path):
 def test_no_model_there(tmp_path):
     with pytest.raises(ValueError, match="no model that transformers can read"):
         GPT.from_hf(str(tmp_path))
+
+
+def change_weights(folder, change):
+    """Rewrite the folder's weights as change({name: tensor}) returns them."""
+    path = Path(folder, "model.safetensors")
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def drop(part):
+    return lambda weights: {name: w for name, w in weights.items() if part not in name}
+
+
+@pytest.mark.parametrize("model_type, change, words", [
+    ("llama", drop("layers.1.mlp.up_proj"), "missing model.layers.1.mlp.up_proj.weight"),
+    ("gpt2", drop("ln_f"), "missing transformer.ln_f"),
+    ("olmoe", drop("layers.0.mlp.gate.weight"), "missing model.layers.0.mlp.gate.weight"),
+    ("olmoe", drop("0.mlp.experts.3.up_proj"), "conversion model.layers.0.mlp.experts.gate_up_proj"),  # one expert of six
+    ("olmoe", drop("experts.3.down_proj"), "model.layers.0.mlp.experts.down_proj"),
+    ("llama", lambda w: w | {"model.layers.7.x": torch.zeros(2)}, "unexpected model.layers.7.x"),
+    ("llama", lambda w: w | {"model.norm.weight": torch.zeros(2)}, "of another shape model.norm.weight"),
+])
+def test_incomplete_folders_are_refused_by_name(model_type, change, words, tmp_path, capfd):
+    folder = saved(hf_model(model_type), tmp_path)
+    change_weights(folder, change)
+    for load in (GPT.from_hf, hf.load_theirs):
+        with pytest.raises(ValueError, match=words) as error:
+            load(folder)
+        assert "\n" not in str(error.value) and folder in str(error.value)
+    assert "REPORT" not in capfd.readouterr().err
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    path = Path(saved(hf_model("llama"), tmp_path), "model.safetensors")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="no model that transformers can read"):
+        GPT.from_hf(str(tmp_path))
+
+
+@pytest.mark.parametrize("script", ["train.py --init_from=hf:{} --out_dir={}/out", "probe.py --hf={} --save_dir={}/out --routing"])
+def test_code_in_a_folder_never_runs(script, tmp_path):
+    """Not even where somebody, or a pipe, answers "y" to transformers' question."""
+    folder = tmp_path / "theirs"
+    saved(hf_model("mixtral"), folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    data = text_shards(tmp_path / "data", 2_000, 2_000)
+    command = [sys.executable, *script.format(folder, tmp_path).split(), f"--dataset={data}"]
+    done = subprocess.run(command, input="y\n" * 5, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "ran").exists()
 
 
 def test_without_transformers(monkeypatch):
