@@ -10,10 +10,12 @@ One table of names per family serves both directions. What would not give the sa
 import contextlib
 import logging
 import re
+from pathlib import Path
 
 import torch
 
 from model import GPT, ModelConfig
+from support.tokenizer import get_tokenizer
 
 FAMILIES = ("gpt2", "llama", "mixtral", "olmoe", "qwen3_moe")
 MOE_FAMILIES = {"none": "mixtral", "full": "olmoe", "head": "qwen3_moe"}  # by qk_norm
@@ -63,8 +65,11 @@ def transposed(name, tensor, arch):
 def need_transformers():
     try:
         import transformers
+        old = int(transformers.__version__.split(".")[0]) < 5
     except ImportError:
-        raise ImportError('Hugging Face models need transformers: pip install "nanoexperts[hf]"') from None
+        raise ImportError('Hugging Face models need transformers: pip install -e ".[hf]"') from None
+    if old:
+        raise ImportError(f'transformers {transformers.__version__} is too old: pip install -e ".[hf]" brings 5 or later')
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
@@ -98,9 +103,37 @@ def load_theirs(name, **options):
         raise
     finally:
         logger.removeFilter(collect)
+    require_finite(model, name)
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     refuse_incomplete(name, {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": mismatched})
     return model.eval()
+
+
+def require_finite(model, name):
+    """ValueError, naming them, for weights that are NaN or infinite; name: where they come from."""
+    bad = [key for key, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if bad:
+        raise ValueError(f"{name}: NaN or infinite numbers in {len(bad)} weights, {bad[0]} among them: use an earlier checkpoint")
+
+
+SPECIMEN = "def naïve(x):\n    return x ** 2  # 1,234.5 per cent\n\n\tIt's the “Straße” of 東京; we'll see… 😀\n"
+
+
+def tokenizer_of(name, spec):
+    """Which tokens the model `name` (on the hub, or a folder) reads: `spec` itself ("bytes", "gpt2", a .tiktoken file)
+    where its tokenizer encodes text as that one does, else a description of its own. A folder without a tokenizer is taken to
+    read `spec` if its vocabulary has that size, or is padded from it by less than 1,024."""
+    transformers, ours = need_transformers(), get_tokenizer(spec)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if len(theirs) > 2:  # without files some classes come up with special tokens alone
+            same = theirs(SPECIMEN, add_special_tokens=False).input_ids == ours.encode(SPECIMEN)
+            return spec if same else f"{name}'s own ({type(theirs).__name__}, {len(theirs)} ids)"
+    except Exception:  # no tokenizer there: a type of error for each way to find none
+        pass
+    with readable(name):
+        size = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
+    return spec if 0 <= size - ours.vocab_size < 1024 else f"{name}'s own ({size} ids)"
 
 
 def refuse_incomplete(name, found):
@@ -179,6 +212,8 @@ def export(model, folder, tokenizer=None):
     """Write `model` as safetensors + config.json (+ tokenizer files) that AutoModelForCausalLM.from_pretrained loads.
     ValueError, naming the reason, for what no architecture there can compute."""
     transformers = need_transformers()
+    if Path(folder, "ckpt.pt").exists():
+        raise ValueError(f"{folder} holds a checkpoint, whose config.json the export would replace: name another folder")
     config = transformers.AutoConfig.for_model(**their_config(model.config))
     eot = tokenizer.eot if tokenizer else None
     config.bos_token_id = config.eos_token_id = eot

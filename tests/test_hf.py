@@ -2,7 +2,9 @@
 
   1. in: logits      2. in: what is refused      3. out: logits, round trips      4. out: what is refused      5. fine-tuning
 """
+import base64
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,13 @@ from support.tokenizer import get_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from safetensors.torch import load_file, save_file  # noqa: E402  (comes with transformers)
+
+
+def rank_file(path):
+    """A vocabulary with merges, one of them of merges, and a word that no merge reaches."""
+    words = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w", "é".encode(), b"  ", b"zzq"]
+    path.write_text("".join(f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words)))
+    return str(path)
 
 
 def same_logits(mine, theirs):
@@ -150,8 +159,36 @@ def test_code_in_a_folder_never_runs(script, tmp_path):
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install "nanoexperts\[hf\]"'):
+    with pytest.raises(ImportError, match=r'need transformers: pip install -e "\.\[hf\]"'):
         GPT.from_hf("gpt2")
+
+
+def test_an_old_transformers_is_named(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(ImportError, match=r'4\.57\.1 is too old: pip install -e "\.\[hf\]"'):
+        GPT.from_hf("gpt2")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
+    model = hf_model("olmoe")
+    model.model.norm.weight.data[3] = value
+    with pytest.raises(ValueError, match="NaN or infinite numbers in 1 weights, model.norm.weight"):
+        GPT.from_hf(saved(model, tmp_path))
+
+
+def test_the_tokenizer_of_a_folder(tmp_path):
+    """By what it does to a text, not by its name; without one, by the size of the vocabulary."""
+    ranks = rank_file(tmp_path / "x.tiktoken")
+    for spec in ("bytes", ranks):
+        tokenizer = get_tokenizer(spec)
+        hf.export(random_model(vocab_size=tokenizer.vocab_size), tmp_path / Path(spec).stem, tokenizer)
+    assert hf.tokenizer_of(str(tmp_path / "bytes"), "bytes") == "bytes" and hf.tokenizer_of(str(tmp_path / "x"), ranks) == ranks
+    assert "x's own (" in hf.tokenizer_of(str(tmp_path / "x"), "bytes") and "265 ids" in hf.tokenizer_of(str(tmp_path / "x"), "bytes")
+    for model_type in ("olmoe", "mixtral"):
+        assert hf.tokenizer_of(saved(hf_model(model_type), tmp_path / model_type), "bytes") == "bytes"
+        large = saved(hf_model(model_type, vocab_size=2000), tmp_path / f"{model_type}2")
+        assert hf.tokenizer_of(large, "bytes") == f"{large}'s own (2000 ids)"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,13 +223,7 @@ def test_export_loads_in_transformers_and_comes_back(settings, architecture, tmp
 
 @pytest.mark.parametrize("spec", ["bytes", "ranks"])
 def test_export_of_the_tokenizer(spec, tmp_path):
-    if spec == "ranks":  # a vocabulary with merges, one of them of merges, and a word that no merge reaches
-        import base64
-        words = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w", "é".encode(), b"  ", b"zzq"]
-        spec = str(tmp_path / "x.tiktoken")
-        with open(spec, "w") as f:
-            f.writelines(f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words))
-    tokenizer = get_tokenizer(spec)
+    tokenizer = get_tokenizer(rank_file(tmp_path / "x.tiktoken") if spec == "ranks" else spec)
     hf.export(random_model(vocab_size=tokenizer.vocab_size), tmp_path / "x", tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
     text = "zzq hello  whello, é ∞ 'll\n\n\tend "
@@ -241,6 +272,16 @@ def test_command_line(tmp_path, capsys, monkeypatch):
             model_py.main()
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_export_leaves_a_checkpoint_alone(tmp_path):
+    folder = save_checkpoint(random_model(**TOPK), tmp_path / "x", "data/stdlib")
+    (tmp_path / "x" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(folder)
+    for target in (folder, str(tmp_path / "link"), f"{folder}/../x"):
+        with pytest.raises(ValueError, match="holds a checkpoint"):
+            hf.export(random_model(**TOPK), target)
+    assert (tmp_path / "x" / "config.json").read_text() == "{}" and len(list((tmp_path / "x").iterdir())) == 2
 
 
 @pytest.mark.slow
