@@ -1,14 +1,13 @@
 """Read what a trained model writes: text streams out as it is generated, the speed comes at the end.
 
-    python sample.py                                                  # the newest checkpoint under out/ begins a document
+    python sample.py                               # newest checkpoint under out/ begins a document
     python sample.py --out_dir=out/x --prompt="def " --max_new_tokens=200 --seed=1
-    python sample.py --out_dir=out/x --prompt_file=notes.txt --num_samples=3 --temperature=0.7 --top_p=0.9
-    python sample.py --out_dir=out/inf --infmoe_samples=8             # infmoe: another number of samples than in training
+    python sample.py --prompt_file=notes.txt --num_samples=3 --temperature=0.7 --top_p=0.9
+    python sample.py --infmoe_samples=8            # infmoe: another number than in training
 
-Text goes to stdout, all else to stderr. When the text outgrows the model's context (block_size tokens), the older half of
-the context is dropped and generation goes on.
+Text goes to stdout, all else to stderr. When the text outgrows the model's context (block_size
+tokens), the older half of the context is dropped and generation goes on.
 """
-
 import codecs
 import sys
 import time
@@ -19,8 +18,8 @@ import torch
 
 from configurator import fail, parse
 from model import GPT, load_checkpoint
-from support.checkpoint import newest_run
-from support.machine import pick_device
+from support.hf import require_finite
+from support.machine import newest_run, pick_device
 from support.tokenizer import get_tokenizer
 
 
@@ -40,46 +39,73 @@ class SampleConfig:
     infmoe_mean: bool | None = None  # infmoe: no noise, z = mu
 
     def __post_init__(self):
-        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("infmoe_samples", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("num_samples", "max_new_tokens", "top_k", "infmoe_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.temperature != 0 and self.temperature < 1e-6:  # logits are divided by it
+            raise ValueError(f"temperature={self.temperature} must be 0 (always the likeliest token) "
+                             "or at least 1e-6")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("prompt and prompt_file are both given: leave one out")
 
 
-def load(config):
-    """-> model in evaluation mode, tokenizer"""
+def load(config: SampleConfig):
+    """-> model in evaluation mode, its tokenizer. ValueError or FileNotFoundError, in one line."""
     folder = config.out_dir or newest_run()
     tokenizer = get_tokenizer(load_checkpoint(Path(folder, "ckpt.pt"))["tokenizer"])
-    model = GPT.from_checkpoint(folder, pick_device(config.device))
+    try:
+        model = GPT.from_checkpoint(folder, pick_device(config.device))
+    except RuntimeError as error:  # no such device, or no room on it
+        raise ValueError(f"{folder} cannot be loaded with --device={config.device}: {error}") from None
+    require_finite(model, folder)
     if config.infmoe_samples is not None or config.infmoe_mean is not None:
         model.set_samples(config.infmoe_samples, config.infmoe_mean)
-    if model.wte.weight.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        check_samples(model.config, config.infmoe_samples or 1)
+    device = model.wte.weight.device
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         model = model.to(torch.bfloat16)  # half the bytes to read per token
     return model, tokenizer
 
 
-def read_prompt(config, tokenizer, block_size):
-    """-> the prompt's token ids"""
+def check_samples(c, n_samples):
+    """ValueError where the masks of n_samples codes, for each token of a full context, are too many."""
+    numbers = n_samples * c.block_size * c.d_expert
+    if numbers > 2**30:
+        raise ValueError(f"infmoe_samples={n_samples}: their masks over the context of {c.block_size} "
+                         f"tokens take {4e-9 * numbers:,.0f} GB; at most "
+                         f"{2**30 // (c.block_size * c.d_expert)} fit into 4 GB")
+
+
+def read_prompt(config: SampleConfig, tokenizer, block_size: int) -> list[int]:
+    """The prompt's token ids, at least one and at most block_size."""
     if config.prompt is None and config.prompt_file is None:
         return [tokenizer.eot]  # stands before each document
-    text = config.prompt if config.prompt_file is None else Path(config.prompt_file).read_text(encoding="utf-8")
+    text = config.prompt
+    if config.prompt_file is not None:
+        try:
+            text = Path(config.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{config.prompt_file} is not UTF-8 text: byte {error.start} is "
+                             f"0x{error.object[error.start]:02x}") from None
     ids = tokenizer.encode(text)
     if not ids:
-        raise ValueError("the prompt is empty: give it some text, or leave it out and the model begins a document of its own")
+        raise ValueError("the prompt is empty: without one, the model begins a document of its own")
     if len(ids) > block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens and the model's context {block_size}: shorten the prompt")
+        raise ValueError(f"the prompt has {len(ids)} tokens and the model's context {block_size}: "
+                         "shorten the prompt")
     return ids
 
 
-def stream(model, tokenizer, ids, config, generator):
-    """Print the prompt and its continuation, a character as soon as all of its bytes are there -> number of new tokens."""
+def stream(model, tokenizer, ids, config, generator) -> int:
+    """Print the prompt and its continuation, a character once its bytes are there. -> new tokens"""
     decoder, count = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
     prompt = torch.tensor([ids], device=model.wte.weight.device)  # (1, S)
-    print(decoder.decode(b"" if ids == [tokenizer.eot] else tokenizer.decode_bytes(ids)), end="", flush=True)
-    for token in model.generate(prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator):
+    shown = [] if ids == [tokenizer.eot] else ids
+    print(decoder.decode(tokenizer.decode_bytes(shown)), end="", flush=True)
+    for token in model.generate(prompt, config.max_new_tokens, config.temperature, config.top_k,
+                                config.top_p, generator):
         count += 1
         if token.item() == tokenizer.eot:
             break
@@ -102,8 +128,10 @@ def main():
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    print(f"[{count} tokens, {count / (time.perf_counter() - began):.0f} tokens/s]", file=sys.stderr)
+    speed = count / (time.perf_counter() - began)
+    print(f"[{count} tokens, {speed:.0f} tokens/s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """sample.py: what it prints is what the model generates, byte for byte, and never half a character."""
-
 import io
+import math
+import os
+import shutil
+import signal
+import subprocess
 import sys
 
 import pytest
 import torch
-from train_helpers import FLAVOURS, PYTHON, ROOT, SIZE, TRAINING, make_data, run
+from train_helpers import FLAVOURS, PYTHON, ROOT, SIZE, TRAINING, environment, make_data, run
 
 import sample
 import train
@@ -21,17 +25,20 @@ def trained(tmp_path_factory):
     data, patch = make_data(folder / "data"), pytest.MonkeyPatch()
     patch.setattr(train, "draw_loss", lambda *_: False)
     for flavour in ("dense", "infmoe"):
-        settings = TRAINING | dict(dataset=str(data), out_dir=str(folder / flavour), quiet=True, lr=3e-3, max_steps=20)
-        train.train(ModelConfig(**SIZE, vocab_size=257, **FLAVOURS[flavour]), train.TrainConfig(**settings))
+        settings = TRAINING | dict(dataset=str(data), out_dir=str(folder / flavour), quiet=True)
+        settings |= dict(lr=3e-3, max_steps=20)
+        model_config = ModelConfig(**SIZE, vocab_size=257, **FLAVOURS[flavour])
+        train.train(model_config, train.TrainConfig(**settings))
     patch.undo()
     return folder
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, capsys, trained):
     """sample.py's main with a command line -> (exit code, stdout, stderr)"""
-    def call(*options):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, options)])
+    def call(*options, flavour="dense"):
+        argv = ["sample.py", f"--out_dir={trained / flavour}", *map(str, options)]
+        monkeypatch.setattr(sys, "argv", argv)
         code = 0
         try:
             sample.main()
@@ -42,50 +49,47 @@ def command(monkeypatch, capsys):
     return call
 
 
-def words(ids):
-    return get_tokenizer("bytes").decode(ids)
-
-
 # ---- 1. text
 
 
-def test_prints_what_the_model_generates(trained, command):
-    """The prompt, then generate()'s tokens: with a seed, past the context of 16 tokens, up to end of text."""
-    model, ids = GPT.from_checkpoint(trained / "dense"), list(b"one two")
-    generator = torch.Generator().manual_seed(5)
-    new = [int(t) for t in model.generate(torch.tensor([ids]), 40, temperature=0.9, top_k=20, top_p=0.95, generator=generator)]
+@pytest.mark.parametrize(("prompt", "n", "settings"), [
+    ("one two", 40, dict(temperature=0.9, top_k=20, top_p=0.95, seed=5)),  # past the context of 16 tokens
+    (None, 10, dict(temperature=0.8, seed=1)),  # from the end-of-text token, which is not printed
+])
+def test_prints_what_the_model_generates(prompt, n, settings, trained, command):
+    model, ids = GPT.from_checkpoint(trained / "dense"), list((prompt or "").encode())
+    options = {key: value for key, value in settings.items() if key != "seed"}
+    generator = torch.Generator().manual_seed(settings["seed"])
+    new = model.generate(torch.tensor([ids or [256]]), n, generator=generator, **options)
+    new = [int(token) for token in new]
     new = new[: new.index(256)] if 256 in new else new
-    code, out, err = command(f"--out_dir={trained / 'dense'}", "--prompt=one two", "--max_new_tokens=40", "--temperature=0.9",
-                             "--top_k=20", "--top_p=0.95", "--seed=5")
-    assert code == 0 and out == words(ids + new) + "\n"
-    assert "tokens/s]" in err and err.startswith(f"[{len(new) + (len(new) < 40)} tokens")
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    prompted = [f"--prompt={prompt}"] if prompt else []
+    code, out, err = command(*prompted, f"--max_new_tokens={n}", *arguments)
+    assert code == 0 and out == get_tokenizer("bytes").decode(ids + new) + "\n"
+    assert "tokens/s]" in err and err.startswith(f"[{len(new) + (len(new) < n)} tokens")
 
 
-def test_seeds_and_temperature(trained, command):
-    options = [f"--out_dir={trained / 'dense'}", "--prompt=t", "--max_new_tokens=20"]
-    assert command(*options, "--seed=1")[1] == command(*options, "--seed=1")[1] != command(*options, "--seed=2")[1]
+def test_seeds_and_temperature(command):
+    options = ["--prompt=t", "--max_new_tokens=20"]
+    one, again, other = (command(*options, f"--seed={seed}")[1] for seed in (1, 1, 2))
+    assert one == again != other
     greedy = [command(*options, "--temperature=0", f"--seed={seed}")[1] for seed in (1, 2)]
     assert greedy[0] == greedy[1] == command(*options, "--top_k=1")[1]
+    assert greedy[0] == command(*options, "--temperature=1e-6")[1]
 
 
-def test_several_samples_differ(trained, command):
-    code, out, _ = command(f"--out_dir={trained / 'dense'}", "--prompt=t", "--max_new_tokens=30", "--num_samples=3")
+def test_several_samples_differ(command):
+    code, out, _ = command("--prompt=t", "--max_new_tokens=30", "--num_samples=3")
     parts = out.split("\n" + "-" * 80 + "\n")
-    assert code == 0 and len(parts) == 3 and len(set(parts)) == 3 and all(part.startswith("t") for part in parts)
+    assert code == 0 and len(parts) == len(set(parts)) == 3
+    assert all(part.startswith("t") for part in parts)
 
 
-def test_without_a_prompt_a_document_begins(trained, command):
-    """From the end-of-text token, which is not printed."""
-    model, generator = GPT.from_checkpoint(trained / "dense"), torch.Generator().manual_seed(1)
-    new = [int(t) for t in model.generate(torch.tensor([[256]]), 10, temperature=0.8, generator=generator)]
-    new = new[: new.index(256)] if 256 in new else new
-    code, out, _ = command(f"--out_dir={trained / 'dense'}", "--max_new_tokens=10")
-    assert code == 0 and out == words(new) + "\n"
-
-
-def test_prompt_from_a_file(trained, command, tmp_path):
-    (tmp_path / "prompt.txt").write_text("één\n", encoding="utf-8")
-    code, out, _ = command(f"--out_dir={trained / 'dense'}", f"--prompt_file={tmp_path / 'prompt.txt'}", "--max_new_tokens=1")
+def test_prompt_from_a_file(command, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("één\n", encoding="utf-8")
+    code, out, _ = command(f"--prompt_file={path}", "--max_new_tokens=1")
     assert code == 0 and out.startswith("één\n")
 
 
@@ -111,79 +115,104 @@ class Spy(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.parametrize(("text", "end"), [("aé€😀b", []), ("€" * 3, []), ("ok", [0xF0, 0x9F]), ("x", [0xFF, 0x61])])
-def test_streams_whole_characters(monkeypatch, text, end):
-    """Characters of 1 to 4 bytes, token by token: none is shown before its last byte, none is broken; a text that ends in
-    the middle of one, or has a byte that is none, shows U+FFFD there."""
-    tokens, spy = [*text.encode(), *end], Spy()
+def streamed(monkeypatch, tokens, prompt):
+    """What sample.stream prints for a model that writes `tokens` -> (count, Spy)"""
+    spy, config = Spy(), sample.SampleConfig(max_new_tokens=100)
     monkeypatch.setattr(sys, "stdout", spy)
-    config = sample.SampleConfig(max_new_tokens=100)
-    count = sample.stream(Scripted(tokens), get_tokenizer("bytes"), list("é".encode()), config, None)
-    assert count == len(tokens) and spy.getvalue() == "é" + bytes(tokens).decode(errors="replace") + "\n"
+    count = sample.stream(Scripted(tokens), get_tokenizer("bytes"), list(prompt.encode()), config, None)
+    return count, spy
+
+
+@pytest.mark.parametrize(("text", "end"), [
+    ("aé€😀b", []), ("€" * 3, []), ("ok", [0xF0, 0x9F]), ("x", [0xFF, 0x61])])
+def test_streams_whole_characters(monkeypatch, text, end):
+    """Characters of 1 to 4 bytes, token by token: none is shown before its last byte, none is broken;
+    a text that ends in the middle of one, or has a byte that is none, shows U+FFFD there."""
+    tokens = [*text.encode(), *end]
+    count, spy = streamed(monkeypatch, tokens, "é")
+    assert count == len(tokens)
+    assert spy.getvalue() == "é" + bytes(tokens).decode(errors="replace") + "\n"
     shown = [s for s in spy.shown if s and s != "\n"]
     assert shown[: 1 + len(text)] == ["é", *text]
 
 
-def test_end_of_text_ends(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Spy())
-    count = sample.stream(Scripted([97, 256, 98]), get_tokenizer("bytes"), [99], sample.SampleConfig(), None)
-    assert count == 2 and sys.stdout.getvalue() == "ca\n"
-
-
-def test_padded_vocabulary(monkeypatch):
+def test_end_of_text_and_a_padded_vocabulary(monkeypatch):
     """A model may be wider than its tokenizer: an id that means nothing is shown as U+FFFD."""
-    monkeypatch.setattr(sys, "stdout", Spy())
-    sample.stream(Scripted([300, 97]), get_tokenizer("bytes"), [99], sample.SampleConfig(), None)
-    assert sys.stdout.getvalue() == "c\ufffda\n"
+    count, spy = streamed(monkeypatch, [97, 256, 98], "c")
+    assert count == 2 and spy.getvalue() == "ca\n"
+    assert streamed(monkeypatch, [300, 97], "c")[1].getvalue() == "c\ufffda\n"
 
 
 # ---- 2. infmoe, folders, mistakes
 
 
 def test_infmoe_samples_and_mean(trained, command):
-    options = [f"--out_dir={trained / 'infmoe'}", "--prompt=one ", "--max_new_tokens=12", "--temperature=0"]
-    texts = [command(*options, *more) for more in ([], ["--infmoe_samples=8"], ["--infmoe_mean"])]
-    assert all(code == 0 for code, _, _ in texts)
-    config = sample.SampleConfig(out_dir=str(trained / "infmoe"), device="cpu", infmoe_samples=8)
-    model, _ = sample.load(config)
+    options = ["--prompt=one ", "--max_new_tokens=12", "--temperature=0"]
+    for more in ([], ["--infmoe_samples=8"], ["--infmoe_mean"]):
+        assert command(*options, *more, flavour="infmoe")[0] == 0
+    folder = str(trained / "infmoe")
+    model, _ = sample.load(sample.SampleConfig(out_dir=folder, device="cpu", infmoe_samples=8))
     assert {m.n_samples for m in model.modules() if hasattr(m, "n_samples")} == {8}
-    code, _, err = command(f"--out_dir={trained / 'dense'}", "--infmoe_samples=8")
-    assert code == 2 and "infmoe" in err
 
 
-def test_newest_checkpoint(trained, command, monkeypatch):
+def test_newest_checkpoint(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
-    code, _, err = command()
-    assert code == 2 and "no checkpoint under out/" in err
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--max_new_tokens=2"])
+    with pytest.raises(SystemExit) as stop:
+        sample.main()
+    assert stop.value.code == 2 and "no checkpoint under out/" in capsys.readouterr().err
     (trained / "out").symlink_to(trained)
     assert newest_run().name == "infmoe"
-    assert command("--max_new_tokens=2")[0] == 0
+    sample.main()
     (trained / "out").unlink()
 
 
 @pytest.mark.parametrize(("option", "part"), [
-    ("--prompt=", "the prompt is empty"), ("--prompt=" + "x" * 17, "17 tokens and the model's context 16"),
-    ("--prompt_file=/nowhere/x", "/nowhere/x"), ("--promt=x", "did you mean --prompt?"), ("--temperature=-1", "temperature=-1"),
-    ("--top_p=0", "top_p=0"), ("--top_k=0", "top_k=0"), ("--num_samples=0", "num_samples=0"),
-    ("--max_new_tokens=0", "max_new_tokens=0"), ("--device=gpu", "device=gpu")])
-def test_mistakes_are_one_line(trained, command, option, part):
-    code, out, err = command(f"--out_dir={trained / 'dense'}", option)
+    ("--prompt=", "the prompt is empty"), ("--prompt_file=/nowhere/x", "/nowhere/x"),
+    ("--prompt=" + "x" * 17, "17 tokens and the model's context 16"),
+    ("--prompt=a --prompt_file=b", "prompt and prompt_file"), ("--out_dir=/", "no checkpoint at /"),
+    ("--promt=x", "did you mean --prompt?"), ("--temperature=-1", "temperature=-1"),
+    ("--temperature=1e-300", "temperature=1e-300"), ("--top_p=0", "top_p=0"), ("--top_k=0", "top_k=0"),
+    ("--num_samples=0", "num_samples=0"), ("--max_new_tokens=0", "max_new_tokens=0"),
+    ("--device=gpu", "device=gpu"), ("--device=mps", "device=mps"), ("--device=cuda:99", "cuda:99"),
+    ("--infmoe_samples=8", "infmoe")])
+def test_mistakes_are_one_line(command, option, part):
+    code, out, err = command(*option.split(" "))
     assert code == 2 and out == "" and err.count("\n") == 1 and part in err
 
 
-def test_prompt_of_exactly_the_context(trained, command):
-    code, out, _ = command(f"--out_dir={trained / 'dense'}", "--prompt=" + "x" * 16, "--max_new_tokens=2")
+def test_too_many_samples_and_a_prompt_of_other_bytes(command, tmp_path):
+    code, _, err = command("--infmoe_samples=10_000_000", flavour="infmoe")
+    assert code == 2 and err.count("\n") == 1 and "infmoe_samples=10000000: their masks" in err
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    code, _, err = command(f"--prompt_file={tmp_path / 'latin.txt'}")
+    assert code == 2 and "latin.txt is not UTF-8 text: byte 2 is 0xef" in err
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(value, trained, command, tmp_path):
+    shutil.copytree(trained / "dense", tmp_path / "x")
+    saved = torch.load(tmp_path / "x" / "ckpt.pt")
+    saved["model"]["norm.weight"][0] = value
+    torch.save(saved, tmp_path / "x" / "ckpt.pt")
+    code, out, err = command(f"--out_dir={tmp_path / 'x'}")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "NaN or infinite" in err and "norm.weight" in err and str(tmp_path / "x") in err
+
+
+def test_prompt_of_exactly_the_context(command):
+    code, out, _ = command("--prompt=" + "x" * 16, "--max_new_tokens=2")
     assert code == 0 and out.startswith("x" * 16)
 
 
-def test_two_prompts_and_no_checkpoint(trained, command, tmp_path):
-    code, _, err = command("--prompt=a", "--prompt_file=b")
-    assert code == 2 and "prompt and prompt_file" in err
-    code, _, err = command(f"--out_dir={tmp_path}")
-    assert code == 2 and f"no checkpoint at {tmp_path}" in err
-
-
 def test_as_a_command(trained):
-    """Text to stdout, speed to stderr."""
-    done = run([PYTHON, str(ROOT / "sample.py"), f"--out_dir={trained / 'dense'}", "--prompt=two", "--max_new_tokens=5"])
+    """Text to stdout, speed to stderr; Ctrl-C is one line and exit code 130."""
+    line = [PYTHON, str(ROOT / "sample.py"), f"--out_dir={trained / 'dense'}", "--prompt=two"]
+    done = run([*line, "--max_new_tokens=5"])
     assert done.returncode == 0 and done.stdout.startswith("two") and "tokens/s" in done.stderr
+    going = subprocess.Popen([*line, "--num_samples=100000"], env=environment(), text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert going.stdout.read(3) == "two"
+    os.kill(going.pid, signal.SIGINT)
+    err = going.communicate(timeout=60)[1]
+    assert going.returncode == 130 and err.strip() == "stopped by Ctrl-C"
