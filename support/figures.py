@@ -1,98 +1,130 @@
-"""The pictures of probe.py: functions of plain numbers that return a matplotlib figure; matplotlib is only needed here."""
+"""The pictures of probe.py: functions of plain numbers that return a matplotlib figure.
+
+Every one takes the model's name for its title. matplotlib is needed only when one is drawn.
+"""
 import numpy as np
 
-WHITE_TO_BLUE = "Blues"
+COLOURS = ["#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#000000"]  # Okabe and Ito: for every eye
+SHADES = "Blues"
 
 
 def pyplot():
     """matplotlib.pyplot without a display, or None where matplotlib is missing."""
     try:
         import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        return plt
     except ImportError:
         return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
 
 
-def random_router(rows, column):
-    """Bars per layer and intervention. rows: dictionaries with router, layer, COLUMN_change and COLUMN_error."""
+def canvas(model, title, rows=1, columns=1, size=(7, 3), **options):
+    """A figure with a title that says what is shown, and of which model -> figure, axes"""
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, layout="constrained", **options)
+    figure.suptitle(f"{title}\n{model}", fontsize=9)
+    return figure, axes
+
+
+def random_router(model, rows, note):
+    """Bars per layer and intervention. rows: dictionaries with router, layer, accuracy_change and
+    accuracy_error; note: what the bars and whiskers are."""
     names, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("router", "layer"))
-    figure, axes = pyplot().subplots(figsize=(2.2 + 0.6 * len(labels), 3), layout="constrained")
+    size = 3.6 + 0.6 * len(labels), 3.6
+    figure, axes = canvas(model, "Accuracy with another router in a layer", size=size)
+    width = 0.8 / len(names)
     for i, name in enumerate(names):
         mine = [row for row in rows if row["router"] == name]
-        x = np.arange(len(labels)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
-        axes.bar(x, [row[f"{column}_change"] for row in mine], 0.8 / len(names), label=name, color=f"C{i}",
-                 yerr=[row[f"{column}_error"] or 0 for row in mine], error_kw={"linewidth": 0.8})
+        x = np.arange(len(labels)) + (i - (len(names) - 1) / 2) * width
+        axes.bar(x, [row["accuracy_change"] for row in mine], width, label=name, color=COLOURS[i],
+                 yerr=[row["accuracy_error"] or 0 for row in mine], error_kw={"linewidth": 0.8})
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xticks=range(len(labels)), xticklabels=labels, xlabel="layer with another router",
-             ylabel="accuracy, points" if column == "accuracy" else "loss, nats")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(xticks=range(len(labels)), xticklabels=labels, xlabel=f"layer with another router\n{note}",
+             ylabel="change in next-token accuracy, points")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def use(labels, use, banks, things):
-    """Heat map with a row per layer, below it the summed use of what the layers share against the even line.
+def use(model, labels, use, banks, things, none):
+    """Heat map with a row per layer; right of it the gates that went to no expert; below it the
+    summed use of what the layers share, against the even line.
 
-    use: a list of counts (n,) per row; banks: lists of rows that share their experts; things: "experts" or "neurons".
-    Without sharing, the lower panel has all of them, the most used first; so do the rows of private neurons, whose
+    use: a list of counts (n,) per row; banks: lists of rows that share their experts; things:
+    "experts" or "neurons"; none: shares (rows,) of the gates that are zero, or None. Without sharing,
+    the lower panel has all of them, the most used first; so do the rows of private neurons, whose
     numbers mean nothing across layers.
     """
-    shared = len(banks) < len(use)
-    grid = np.stack([counts / counts.sum() * len(counts) for counts in use])  # (rows, n); 1 = even
+    shared, one, plt = len(banks) < len(use), things[:-1], pyplot()
+    grid = np.stack([c / max(1, c.sum()) * len(c) for c in use])  # (rows, n); 1 = even
     if not shared and things == "neurons":
         grid = -np.sort(-grid, axis=1)
-    height = 0.7 + 0.18 * len(use)
-    figure, (top, bottom) = pyplot().subplots(2, 1, figsize=(7, height + 2.6), layout="constrained", height_ratios=[height, 1.3])
-    norm = pyplot().matplotlib.colors.PowerNorm(0.5, 0, max(2, np.quantile(grid, 0.998)))  # differences near 1 stay visible
-    image = top.imshow(grid, aspect="auto", cmap=WHITE_TO_BLUE, norm=norm)
+    height, extra = 0.7 + 0.18 * len(use), 0.0 if none is None else 0.14
+    figure, axes = canvas(model, f"Which layer uses which {one}", 2, 2, (8, height + 3.2), squeeze=False,
+                          height_ratios=[height, 1.4], width_ratios=[1, extra or 0.001])
+    (top, right), (bottom, corner) = axes
+    corner.axis("off")
+    norm = plt.matplotlib.colors.PowerNorm(0.5, 0, max(2, np.quantile(grid, 0.998)))  # shows those near 1
+    image = top.imshow(grid, aspect="auto", cmap=SHADES, norm=norm)
     figure.colorbar(image, ax=top, label="use (1 = even)", pad=0.01)
     step = -(-len(labels) // 12)
+    ticks = dict(yticks=range(0, len(labels), step), yticklabels=labels[::step])
+    where = f"{one} of the {'pool' if shared else 'layer'}"
     numbered = things == "experts" or shared
-    top.set(ylabel="layer", yticks=range(0, len(labels), step), yticklabels=labels[::step],
-            xlabel=f"{things[:-1]} of the {'pool' if shared else 'layer'}" if numbered else f"{things}, most used first")
-    totals = [sum(use[k] for k in bank) for bank in banks] if shared else [np.concatenate([c / c.sum() for c in use])]
+    top.set(ylabel="layer", xlabel=where if numbered else f"{things}, most used first", **ticks)
+    right.axis("on" if extra else "off")
+    if extra:
+        right.barh(range(len(none)), 100 * none, color=COLOURS[1])
+        right.set(xlabel="no expert,\n% of gates", ylim=top.get_ylim(), yticks=[], xlim=(0, None))
+    totals = [sum(use[k] for k in bank) for bank in banks]
+    if not shared:
+        totals = [-np.sort(-np.concatenate([c / max(1, c.sum()) for c in use]))]
     for i, counts in enumerate(totals):
-        values = counts / counts.sum() * len(counts)
-        values = values if shared else -np.sort(-values)
+        values, edges = counts / max(1, counts.sum()) * len(counts), np.arange(len(counts) + 1) - 0.5
         label = f"pool {i}" if len(totals) > 1 else None
-        bottom.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True, alpha=0.6, label=label)
+        bottom.stairs(values, edges, fill=True, alpha=0.6, label=label, color=COLOURS[i % 5])
     bottom.axhline(1, color="black", linestyle="--", linewidth=0.8, label="even")
-    bottom.set(xlabel=f"{things[:-1]} of the pool" if shared else f"all {things}, most used first",
-               ylabel="summed use" if shared else "use", ylim=(0, None), xlim=(-0.5, len(values) - 0.5))
+    bottom.set(xlabel=where if shared else f"all {things}, most used first", ylim=(0, None),
+               ylabel="summed use (1 = even)" if shared else "use (1 = even)", xlim=edges[[0, -1]])
     bottom.legend(frameon=False, fontsize=8)
     return figure
 
 
-def pathways(titles, counts, hits):
-    """Transition matrices of up to three pairs of layers, and the hit rate of a cache against its size."""
+def pathways(model, titles, counts, hits):
+    """Transition matrices of up to three pairs of layers, and the hit rate of a cache."""
     shown = np.unique(np.linspace(0, len(counts) - 1, min(3, len(counts))).astype(int))
-    figure, axes = pyplot().subplots(1, len(shown) + 1, figsize=(2.4 * len(shown) + 3, 2.6), layout="constrained")
-    chances = [counts[k] / np.maximum(counts[k].sum(-1, keepdims=True), 1) for k in shown]  # rows sum to 1
+    figure, axes = canvas(model, "Where tokens go from layer to layer, and what a cache would hold",
+                          1, len(shown) + 1, (2.4 * len(shown) + 3.2, 3.2))
+    chances = [counts[k] / np.maximum(counts[k].sum(-1, keepdims=True), 1) for k in shown]
     for axis, k, chance in zip(axes, shown, chances):
-        image = axis.imshow(chance, cmap=WHITE_TO_BLUE, vmin=0, vmax=max(map(np.max, chances)))
-        axis.set(title=titles[k], xlabel="next expert", ylabel="expert" if k == shown[0] else "")
-    figure.colorbar(image, ax=axes[:-1].tolist(), label="share of its tokens", pad=0.01)
-    axes[-1].plot(np.arange(1, len(hits) + 1), 100 * hits, label="those used last")
-    axes[-1].plot([0, len(hits)], [0, 100], "k--", linewidth=0.8, label="any others")
-    axes[-1].set(xlabel="experts in the cache", ylabel="hit rate, %", ylim=(0, 100), xlim=(0, len(hits)))
-    axes[-1].legend(frameon=False, fontsize=8)
+        image = axis.imshow(chance, cmap=SHADES, vmin=0, vmax=max(map(np.max, chances)))
+        axis.set(xlabel="next expert", ylabel="expert" if k == shown[0] else "")
+        axis.set_title(titles[k], fontsize=8)
+    figure.colorbar(image, ax=axes[:-1].tolist(), label="share of the row's tokens", pad=0.01)
+    axis = axes[-1]
+    axis.plot(np.arange(1, len(hits) + 1), 100 * hits, color=COLOURS[0], label="those used last")
+    axis.plot([0, len(hits)], [0, 100], "k--", linewidth=0.8, label="any others")
+    axis.set(xlabel="experts in the cache", ylabel="hit rate, %", ylim=(0, 100), xlim=(0, len(hits)))
+    axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-def overlap(labels, values):
-    figure, axes = pyplot().subplots(figsize=(4, 2.6), layout="constrained")
-    axes.bar(labels, values)
-    axes.set(xlabel="layer", ylabel="overlap, mean |cos|")
+def overlap(model, labels, values):
+    """Bars: mean |cos| per layer, between 0 (nothing in common) and 1 (the same)."""
+    figure, axes = canvas(model, "Do the experts of one token do the same?", size=(5, 3))
+    axes.bar(labels, values, color=COLOURS[0])
+    axes.set(xlabel="layer", ylabel="overlap, mean |cos| (0 to 1)")
     return figure
 
 
-def samples(rows):
-    """Loss (with the standard error of its change) and speed against the number of samples; the last row is z = mu."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(7, 2.6), layout="constrained")
-    for axis, key, label in zip(axes, ("loss", "tokens_per_second"), ("held-out loss, nats", "tokens per second")):
+def samples(model, rows, unit):
+    """Loss and speed against the number of samples; the last row is z = mu. unit: byte or token."""
+    figure, axes = canvas(model, "Quality and speed against the samples per token (whiskers: ± standard"
+                          " error of the change)", 1, 2, (8, 3.2))
+    names = f"held-out loss, nats per {unit}", f"{unit}s scored per second"
+    for axis, key, label in zip(axes, ("loss", "tokens_per_second"), names):
         error = [row["loss_error"] or 0 for row in rows[:-1]] if key == "loss" else None
-        axis.errorbar([row["K"] for row in rows[:-1]], [row[key] for row in rows[:-1]], error, fmt="o-", label="K samples")
+        axis.errorbar([row["K"] for row in rows[:-1]], [row[key] for row in rows[:-1]], error,
+                      fmt="o-", color=COLOURS[0], label="K samples")
         axis.axhline(rows[-1][key], color="black", linestyle="--", linewidth=0.8, label="z = mu")
         axis.set(xlabel="samples K", ylabel=label)
     axes[1].set_ylim(0)

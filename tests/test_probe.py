@@ -7,8 +7,12 @@ import collections
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +32,7 @@ OURS = {
     "unipool": dict(arch="llama", flavour="unipool", n_experts=12, top_k=2, n_layer=4),
     "infmoe": dict(arch="llama", flavour="infmoe", infmoe_dz=8, n_layer=4),
 }
+ROOT = Path(__file__).resolve().parent.parent
 # Upper 0.1 % points of chi-square by degrees of freedom.
 CHI_SQUARE = {3: 16.27, 5: 20.52, 14: 36.12, 35: 66.62}
 
@@ -45,6 +50,16 @@ def subject_of(model, windows=None):
               for k, (i, f) in enumerate(blocks)]
     windows = tokens(6, CONTEXT + 1).numpy() if windows is None else windows
     return Subject("it", model, layers, c.n_layer, VOCAB, windows, None, {})
+
+
+def routings_of(subject):
+    return subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
+
+
+def chosen(routing, none):
+    """A layer's choices (T, K) as lists; `none` where the gate is zero."""
+    pairs = zip(routing.ids.tolist(), routing.weights.tolist())
+    return [[e if gate else none for e, gate in zip(*pair)] for pair in pairs]
 
 
 def chi_square(counts):
@@ -229,7 +244,7 @@ def test_earlier_layers_see_nothing_of_it():
 def test_layers_rerouted_together_draw_independently():
     subject = subject_of(random_model(**TOPK), tokens(100, CONTEXT + 1).numpy())
     with probe.rerouted(subject, subject.layers, "random"):
-        routings = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
+        routings = routings_of(subject)
     for a, b in itertools.combinations([r.ids[:, 0] for r in routings], 2):
         assert chi_square(torch.bincount(a * 6 + b, minlength=36)) < CHI_SQUARE[35]
 
@@ -313,9 +328,9 @@ def test_matched_is_the_most_used(tmp_path, data):
     config = ProbeConfig(out_dir=folder, random_router_from=True, choice="matched", matched_experts=3, tokens=512, device="cpu")
     subject = probe.load_ours(config)
     among = probe.interventions(subject, config)["random of top 3"][1]
-    routings = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
+    routings = routings_of(subject)
     for k, layer in enumerate(subject.layers):
-        counts = collections.Counter(routings[k].ids.flatten().tolist())
+        counts = collections.Counter(itertools.chain(*chosen(routings[k], none=None)))
         few = set(among[layer.index].tolist())
         assert len(few) == 3 and min(counts[e] for e in few) >= max(counts[e] for e in range(12) if e not in few)
 
@@ -342,12 +357,12 @@ def test_on_benchmarks(tmp_path, data, monkeypatch):
 
 def test_record_equals_the_routings():
     subject = subject_of(random_model(**OURS["unipool"]))
-    ids, entropy, zero = probe.record(subject, ProbeConfig(batch_size=4))
-    routings = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
-    assert torch.equal(ids.long(), torch.stack([r.ids for r in routings]))
+    ids, entropy = probe.record(subject, ProbeConfig(batch_size=4))
+    routings = routings_of(subject)
+    assert any((r.weights == 0).any() for r in routings)
     for k, r in enumerate(routings):
+        assert ids[k].tolist() == chosen(r, none=12)
         assert entropy[k] == pytest.approx(moe.routing_entropy(r.scores).item(), abs=1e-5)
-        assert zero[k] == pytest.approx((r.weights == 0).float().mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("groups", [0, 1, 2])
@@ -356,9 +371,13 @@ def test_expert_use(groups, tmp_path, data):
     folder = save_checkpoint(random_model(**settings), tmp_path / "ours", data)
     found = run(tmp_path, out_dir=folder, routing=True, tokens=1024)
     subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=1024, device="cpu"))
-    routings = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
-    use = [[(r.ids == e).sum().item() for e in range(subject.layers[0].n_experts)] for r in routings]
-    assert found["use"] == use and all(sum(u) == 1024 * 2 for u in use)
+    routings = routings_of(subject)
+    n = subject.layers[0].n_experts
+    use = [[sum(row.count(e) for row in chosen(r, none=n)) for e in range(n + 1)] for r in routings]
+    none, use = [u[n] for u in use], [u[:n] for u in use]
+    assert found["use"] == use and all(sum(u) + z == 1024 * 2 for u, z in zip(use, none))
+    assert [row["no expert"] for row in found["rows"][:4]] == [round(z / 2048, 4) for z in none]
+    assert any(none) == bool(groups)  # NormRouter's scores can all be zero, a softmax's not
     pools = {0: [], 1: ["0 to 3"], 2: ["0 to 1", "2 to 3"]}[groups]
     assert [row["layer"] for row in found["rows"]] == ["0", "1", "2", "3", *pools]
     for row, counts in zip(found["rows"], use + ([np.sum(use[:4 // groups], 0).tolist()] if groups else [])):
@@ -367,7 +386,8 @@ def test_expert_use(groups, tmp_path, data):
         assert row["largest"] == pytest.approx(max(q) * len(q), abs=0.01) and row["unused"] == counts.count(0)
     if groups:
         layers = 4 // groups
-        met = [len({r.ids[t, k].item() for r in routings[g * layers:(g + 1) * layers] for k in range(2)}) / (2 * layers)
+        paths = [chosen(r, none=n) for r in routings]
+        met = [len({e for path in paths[g * layers:(g + 1) * layers] for e in path[t]} - {n}) / (2 * layers)
                for g in range(groups) for t in range(1024)]
         assert next(iter(found["facts"].values())) == pytest.approx(np.mean(met), abs=1e-5)
 
@@ -376,7 +396,7 @@ def test_expert_use(groups, tmp_path, data):
 def test_neuron_use(settings):
     subject = subject_of(random_model(**OURS["infmoe"] | settings))
     rows, use, banks, _ = probe.neuron_use(subject, ProbeConfig(batch_size=2))
-    codes = subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings
+    codes = routings_of(subject)
     for row, counts, (k, i) in zip(rows, use, itertools.product(range(4), range(settings.get("infmoe_depth", 1)))):
         masks = subject.layers[k].experts.masks(codes[k])[i]  # (T, K, F)
         assert counts.tolist() == (masks != 0).sum((0, 1)).tolist()
@@ -405,12 +425,91 @@ def test_overlap_of_ours_and_of_the_export(tmp_path, data):
     assert ours["overlap"][1] == pytest.approx(np.mean(cosines), abs=1e-4)
 
 
-def test_overlap_refuses_what_it_cannot_read(tmp_path, data):
-    with pytest.raises(ValueError, match="GptOssExperts"):
-        run(tmp_path, hf=saved(hf_model("gpt_oss"), tmp_path / "x"), dataset=data, overlap=True, tokens=64)
-    folder = save_checkpoint(random_model(**OURS["unipool"] | dict(top_k=1)), tmp_path / "y", data)
-    with pytest.raises(ValueError, match="uses one"):
-        run(tmp_path, out_dir=folder, overlap=True, tokens=64)
+def test_one_probe_fails_and_the_others_go_on(tmp_path, data, monkeypatch, capsys):
+    theirs = saved(hf_model("gpt_oss"), tmp_path / "x")
+    ours = save_checkpoint(random_model(**OURS["unipool"] | dict(top_k=1)), tmp_path / "y", data)
+    for source, words in ((f"--hf={theirs}", "GptOssExperts"), (f"--out_dir={ours}", "uses one")):
+        options = ["--overlap", "--pathways", "--tokens=64", f"--save_dir={tmp_path}/z", f"--dataset={data}"]
+        with pytest.raises(SystemExit) as stop:
+            command(monkeypatch, source, *options, "--device=cpu")
+        error = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and [line for line in error if words in line] == error[-1:]
+        assert error[-1].startswith("error: --overlap: ")
+        assert [path.name for path in (tmp_path / "z").glob("*.json")] == ["pathways.json"]
+        (tmp_path / "z" / "pathways.json").unlink()
+
+
+def test_an_earlier_probe_is_kept(tmp_path, data, monkeypatch, capsys):
+    """Its numbers and its picture; where there are links, what they point to."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    folder, out = save_checkpoint(random_model(**TOPK), tmp_path / "x", data), tmp_path / "y"
+    options = dict(out_dir=folder, routing=True)
+    first = run(tmp_path, "y", tokens=64, **options)
+    picture = (out / "routing.png").read_bytes()
+    assert "the one before" not in capsys.readouterr().out
+    second = run(tmp_path, "y", tokens=256, **options)
+    assert "the one before is now routing-1" in capsys.readouterr().out
+    assert second["held_out_tokens"] == 256 and json.loads((out / "routing-1.json").read_text()) == first
+    assert (out / "routing-1.png").read_bytes() == picture != (out / "routing.png").read_bytes()
+    for name in ("routing.json", "routing.png"):
+        (out / name).unlink()
+        (tmp_path / name).write_text("theirs")
+        (out / name).symlink_to(tmp_path / name)
+    run(tmp_path, "y", tokens=64, **options)
+    assert all((tmp_path / name).read_text() == "theirs" for name in ("routing.json", "routing.png"))
+    assert not (out / "routing.json").is_symlink() and (out / "routing-2.png").is_symlink()
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    probe.write_atomically(path, lambda f: f.write(b"good"))
+    with pytest.raises(RuntimeError, match="boom"):
+        probe.write_atomically(path, lambda f: (f.write(b"half"), f.flush(), boom()))
+    assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
+
+
+def boom():
+    raise RuntimeError("boom")
+
+
+def test_a_kill_while_writing_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("good")
+    code = ("import os, sys, pathlib, probe; probe.write_atomically(pathlib.Path(sys.argv[1]), "
+            "lambda f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), 9)))")
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True)
+    assert done.returncode == -9 and path.read_text() == "good"
+
+
+def test_ctrl_c_is_one_line(tmp_path, data):
+    folder = save_checkpoint(random_model(**TOPK), tmp_path / "x", data)
+    options = [f"--out_dir={folder}", "--random_router_from", "--seeds=100000", "--device=cpu"]
+    going = subprocess.Popen([sys.executable, "-u", "probe.py", *options], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert folder in going.stdout.readline()
+    os.kill(going.pid, signal.SIGINT)
+    error = going.communicate(timeout=60)[1].strip()
+    assert going.returncode == 130 and error == "stopped by Ctrl-C: what is written is whole"
+
+
+def test_weights_that_are_no_numbers(tmp_path, data, monkeypatch, capsys):
+    model = random_model(**TOPK)
+    model.blocks[2].ffn.router.weight.data[0, 0] = math.nan
+    folder = save_checkpoint(model, tmp_path / "x", data)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, f"--out_dir={folder}", "--routing", "--device=cpu")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "NaN or infinite" in error and folder in error
+    subject = subject_of(random_model(**TOPK))
+    save = probe.saver(subject, ProbeConfig(save_dir=str(tmp_path / "y")))
+    with pytest.raises(ValueError, match="JSON"):
+        save("routing", {"rows": [math.nan]}, None)
+    assert not list((tmp_path / "y").iterdir())
+
+
+def test_benchmarks_are_imported_only_where_asked_for():
+    code = "import sys, probe; assert not [m for m in sys.modules if m.split('.')[0] == 'lab']"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_overlap_of_samples(tmp_path, data):
@@ -424,7 +523,7 @@ def test_pathways(flavour, tmp_path, data):
     found = run(tmp_path, out_dir=folder, pathways=True, tokens=2048, devices=3)
     subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=2048, device="cpu"))
     n = subject.layers[0].n_experts
-    ids = torch.stack([r.ids for r in subject.model(torch.tensor(subject.windows[:, :-1]), return_routings=True).routings])
+    ids = torch.tensor([chosen(r, none=n) for r in routings_of(subject)])
     for k in range(3):
         after = collections.defaultdict(collections.Counter)
         for a, b in zip(ids[k, :, 0].tolist(), ids[k + 1, :, 0].tolist()):
@@ -433,7 +532,7 @@ def test_pathways(flavour, tmp_path, data):
         assert found["path_consistency"][k] == pytest.approx(usual / 2048)
         assert found["chance"][k] == pytest.approx(torch.bincount(ids[k + 1, :, 0]).max().item() / 2048)
     hops = [(a * 3 // n, b * 3 // n) for k in range(3) for t in range(1024, 2048)
-            for a in ids[k, t].tolist() for b in ids[k + 1, t].tolist()]
+            for a in ids[k, t].tolist() for b in ids[k + 1, t].tolist() if n not in (a, b)]
     assert found["crossing"]["in order"] == pytest.approx(np.mean([a != b for a, b in hops]))
     assert len(found["cache_hit_rate"]) == (n if flavour == "unipool" else 4 * n)
 
@@ -484,6 +583,8 @@ def test_accesses_are_in_the_order_of_decoding():
                      for banks in ([[0, 1]], [[0], [1]]))
     assert probe.accesses(pool, ids).tolist() == [0, 1, 1, 0, 2, 3, 3, 2]
     assert probe.accesses(private, ids).tolist() == [0, 1, 5, 4, 2, 3, 7, 6]
+    ids[0, 0, 1] = ids[1, 1, 0] = 4  # no expert
+    assert probe.accesses(private, ids).tolist() == [0, 5, 4, 2, 3, 6]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -511,7 +612,10 @@ def test_samples_are_as_before_afterwards():
 
 def command(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["probe.py", *argv])
-    probe.main()
+    with pytest.raises(SystemExit) as stop:
+        probe.main()
+    if stop.value.code:
+        raise stop.value
 
 
 @pytest.mark.parametrize("argv, files, words", [
@@ -525,7 +629,6 @@ def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeyp
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.chdir(tmp_path)
     save_checkpoint(random_model(n_layer=1), tmp_path / "out" / "older", data)
-    import os
     os.utime(tmp_path / "out" / "older" / "ckpt.pt", (1, 1))
     save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "out" / "newer", data)
     command(monkeypatch, "--tokens=256", "--device=cpu", *argv)
@@ -580,7 +683,7 @@ def test_a_text_file_as_dataset(tmp_path, data):
 def test_without_matplotlib(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run(tmp_path, out_dir=save_checkpoint(random_model(**TOPK), tmp_path / "ours", data), routing=True, tokens=64)
-    assert 'pip install "nanoexperts[plot]"' in capsys.readouterr().out
+    assert 'pip install -e ".[plot]"' in capsys.readouterr().out
 
 
 @pytest.mark.slow

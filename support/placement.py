@@ -1,0 +1,66 @@
+"""Where to keep experts, for the pathways that probe.py records: on devices, and in a cache.
+
+traffic: {(bank, next bank): (E, E) how often a token goes from this expert to that one};
+place: {bank: (E,) the device of each expert}.
+"""
+import numpy as np
+
+
+def crossings(traffic: dict, place: dict) -> float:
+    """Share of the hops between experts that change device."""
+    away = sum(w[place[a][:, None] != place[b][None, :]].sum() for (a, b), w in traffic.items())
+    return float(away / sum(w.sum() for w in traffic.values()))
+
+
+def partition(traffic: dict, place: dict, n_devices: int, sweeps: int = 10) -> dict:
+    """A placement with fewer crossings, every device keeping its number of experts of every bank.
+
+    Within each bank two experts are swapped while that helps (Kernighan and Lin 1970).
+    """
+    place = {bank: devices.copy() for bank, devices in place.items()}
+    for _ in range(sweeps):
+        if not sum(improve(traffic, place, bank, n_devices) for bank in place):
+            break
+    return place
+
+
+def improve(traffic, place, bank, n_devices):
+    """The best swap within one bank, again and again until none helps; changes place[bank].
+    -> how many"""
+    devices, eye = place[bank], np.eye(n_devices)
+    inside = np.zeros((len(devices), len(devices)))  # hops within the bank, both ways
+    outside = np.zeros((len(devices), n_devices))  # hops to and from each device, by other banks
+    for (a, b), w in traffic.items():
+        if a == b == bank:
+            inside += w + w.T
+        elif a == bank:
+            outside += w @ eye[place[b]]
+        elif b == bank:
+            outside += w.T @ eye[place[a]]
+    np.fill_diagonal(inside, 0)  # staying on one expert never crosses
+    for swaps in range(4 * len(devices)):
+        pull = outside + inside @ eye[devices]  # (E, devices)
+        # (E, E): what expert i would win on the device of j
+        gain = pull[:, devices] - pull[np.arange(len(devices)), devices][:, None]
+        gain = (gain + gain.T - 2 * inside) * (devices[:, None] != devices[None, :])
+        i, j = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[i, j] <= 1e-9:
+            return swaps
+        devices[i], devices[j] = devices[j], devices[i]
+    return 4 * len(devices)
+
+
+def cache_hits(sequence: np.ndarray, n_experts: int) -> np.ndarray:
+    """Hit rates (n_experts,) of caches of 1, 2, ... experts that drop the one used least recently.
+
+    All sizes at once: how deep in the stack of experts by last use was the one asked for
+    (Mattson 1970)?
+    """
+    stack, hits = [], np.zeros(n_experts)
+    for expert in sequence.tolist():
+        if expert in stack:
+            depth = stack.index(expert)
+            hits[depth] += 1
+            del stack[depth]
+        stack.insert(0, expert)
+    return hits.cumsum() / max(1, len(sequence))
