@@ -1,20 +1,18 @@
 """Ask a trained router what it knows: probes of experts, on our checkpoints and on transformers'.
 
-    python probe.py                              # newest checkpoint: --random-router-from, --routing
-    python probe.py --random-router-from 12      # UniPool's probe: a random choice in one layer at a
-                                                 # time, from layer 12 on
-    python probe.py --random-router-from --choice=both --all-at-once   # the deep half, together, also
-                                                                       # among the layer's favourites
-    python probe.py --random-router-from --tasks=arc_easy,piqa         # measured on benchmarks
-    python probe.py --routing --overlap --pathways   # who is used; do experts differ; are there paths
-    python probe.py --samples=1,2,4,8            # infinity-MoE: quality and speed against K
+    python probe.py                            # newest checkpoint: --random-router-from --routing
+    python probe.py --random-router-from 12    # UniPool's probe, one layer at a time from 12 on
+    python probe.py --random-router-from --choice=both --all-at-once  # the deep half, together
+    python probe.py --random-router-from --tasks=arc_easy,piqa        # measured on benchmarks
+    python probe.py --routing --overlap --pathways   # who is used; do experts differ; any paths?
+    python probe.py --samples=1,2,4,8          # infinity-MoE: quality and speed against K
     python probe.py --hf=mistralai/Mixtral-8x7B-v0.1 --dataset=notes.txt --load_in_4bit \\
                     --device_map=auto --routing
 
-Each probe prints a table and leaves NAME.json and NAME.png in save_dir; what an earlier one left is
-kept as NAME-1 and so on. The model is only watched, or rerouted while a probe runs: afterwards it is
-the same, bit for bit. What is random is a pure function of (seed, layer, place in the held-out text):
-not of the batch size, and the same for a checkpoint and for its export. Layers count from 0.
+Each probe prints a table and leaves NAME.json and NAME.png in save_dir; those of an earlier one are
+kept as NAME-1 and so on. The model is only watched, or rerouted while a probe runs: afterwards it
+is the same, bit for bit. What is random depends on (seed, layer, place in the held-out text) alone:
+not on the batch size, and is the same for a checkpoint and for its export. Layers count from 0.
 """
 import contextlib
 import dataclasses
@@ -62,7 +60,7 @@ class ProbeConfig:
     choice: Literal["all", "matched", "both"] = "all"  # of all experts, or the layer's most used
     matched_experts: int = 8  # how many those are: as many as a private bank has
     gates: Literal["learned", "uniform"] = "learned"  # the router's K gates, or each their mean
-    controls: Literal["both", "skip", "hash", "none"] = "both"  # no experts; fixed ones per token id
+    controls: Literal["both", "skip", "hash", "none"] = "both"  # no experts; by token id
     seeds: int = 3
     tasks: str | None = None  # measure on these benchmarks (lab.evaluate), not on held-out text
     include_path: str | None = None  # folder of task files (YAML) for --tasks
@@ -76,7 +74,7 @@ class ProbeConfig:
     batch_size: int = 16  # sequences in a forward pass, fewer where the vocabulary is large
     block_size: int | None = None  # context; None: the model's, for hf at most 1024
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as saved
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: as saved
     device_map: str | None = None  # hf: passed on, such as auto
     load_in_4bit: bool = False  # hf: with bitsandbytes
 
@@ -88,7 +86,7 @@ class ProbeConfig:
         if self.out_dir and self.hf:
             raise ValueError(f"out_dir={self.out_dir} and hf={self.hf}: one model at a time")
         if any(not isinstance(k, int) or k < 1 for k in self.samples or ()):
-            raise ValueError(f"samples={self.samples}: whole numbers from 1, such as --samples=1,2,4")
+            raise ValueError(f"samples={self.samples}: whole numbers from 1, such as 1,2,4")
         asked = self.routing or self.overlap or self.pathways or self.samples
         if self.random_router_from is None and not asked:
             self.random_router_from = self.routing = True
@@ -144,7 +142,7 @@ def load_ours(config: ProbeConfig) -> Subject:
     try:
         model = GPT.from_checkpoint(config.out_dir, pick_device(config.device))
     except RuntimeError as error:  # no such device, or no room on it
-        raise ValueError(f"{config.out_dir} does not load with device={config.device}: {error}") from None
+        raise ValueError(f"{config.out_dir}, device={config.device}: {error}") from None
     hf.require_finite(model, config.out_dir)
     if config.dtype != "auto":
         model.to(getattr(torch, config.dtype))
@@ -187,8 +185,8 @@ def load_hf(config: ProbeConfig) -> Subject:
             experts, n = getattr(block, "experts", block), len(router.weight)
             layers.append(Layer(index, router, block, experts, n, c.num_experts_per_tok))
     if not layers:
-        raise ValueError(f"{config.hf}: {type(model).__name__} has no *TopKRouter module to hook, as "
-                         f"{FAMILIES} have")
+        raise ValueError(f"{config.hf}: {type(model).__name__} has no *TopKRouter module to hook, "
+                         f"as {FAMILIES} have")
 
     def encode(text):
         read = transformers.AutoTokenizer.from_pretrained(config.hf, trust_remote_code=False)
@@ -281,8 +279,10 @@ def nothing(module, args, output):
 
 
 def another_choice(layer, output, noise_seeds, stream, among, gates):
-    """A router's output with K distinct experts drawn uniformly, or codes from N(0, I), and the rest
-    as it was. The noise is a pure function of noise_seeds (T,) and stream."""
+    """A router's output with K distinct experts drawn uniformly, or codes from N(0, I).
+
+    The rest is as it was. The noise is a pure function of noise_seeds (T,) and stream.
+    """
     if any(isinstance(code, moe.Codes) for code in output):
         return another_code(layer, output, noise_seeds, stream)
     weights, ids = gates_and_ids(output)
@@ -320,7 +320,7 @@ def batches(subject, config, title=None):
 
 @torch.no_grad()
 def held_out(subject, config, seconds=None) -> np.ndarray:
-    """-> (windows, 2): mean cross-entropy in nats and next-token accuracy in percent of each window.
+    """-> (windows, 2): each one's mean cross-entropy in nats, next-token accuracy in percent.
 
     The list `seconds` receives the time per token of every batch.
     """
@@ -337,7 +337,7 @@ def held_out(subject, config, seconds=None) -> np.ndarray:
 
 @torch.no_grad()
 def watch(subject, config, title, see):
-    """Run over the held-out text and call see(k, input, output) for layer k's router in each batch."""
+    """Run over the held-out text; see(k, input, output) is called for layer k's router."""
     def hook(k):
         return lambda module, args, output: see(k, args[0], output)
 
@@ -406,7 +406,7 @@ def random_router(subject, config, save):
     learned = dict(zip(columns_of(base), base.mean(0)))
     print_random_router(subject, config, len(base), learned, rows, list(changes))
     over = "seeds" if config.tasks else "windows of held-out text"
-    note = f"bars: mean change, {config.seeds} seeds; whiskers: ± standard error over {over}"
+    note = f"bars: mean of {config.seeds} seeds\nwhiskers: ± standard error over {over}"
     save("random_router", {"learned": learned, "rows": rows},
          lambda: figures.random_router(subject.name, rows, note))
 
@@ -417,8 +417,8 @@ def layers_from(subject, start):
     start = middle if start is True else start
     layers = [layer for layer in subject.layers if layer.index >= start]
     if start < 0 or not layers:
-        raise ValueError(f"random_router_from={start} leaves nothing to randomise: {subject.name} has "
-                         f"layers 0 to {subject.depth - 1}, the last with experts is "
+        raise ValueError(f"random_router_from={start} leaves nothing to randomise: {subject.name} "
+                         f"has layers 0 to {subject.depth - 1}, the last with experts is "
                          f"{subject.layers[-1].index}; without a number: {middle}")
     return layers
 
@@ -431,8 +431,8 @@ def interventions(subject, config):
         raise ValueError(f"choice={config.choice}, gates={config.gates}: infmoe has neither, its "
                          "codes are drawn from N(0, I)")
     if config.choice != "all" and top_k > few:
-        raise ValueError(f"choice={config.choice} draws from matched_experts={few}, and every token "
-                         f"takes {top_k}: raise --matched_experts")
+        raise ValueError(f"choice={config.choice} draws from matched_experts={few}, and every "
+                         f"token takes {top_k}: raise --matched_experts")
     if config.choice in ("all", "both"):
         name = "random z" if subject.continuous else f"random of {n}"
         kinds[name] = "random", None, config.seeds
@@ -549,23 +549,27 @@ def expert_use(subject, config):
     for k, layer in enumerate(subject.layers):
         *counts, none = counted(ids[k], layer.n_experts).tolist()
         use.append(np.array(counts))
-        rows.append({"layer": str(layer.index)} | use_columns(use[k]) | {
-            "entropy of scores": round(entropy[k], 4), "no expert": round(none / ids[k].numel(), 4)})
+        further = {"entropy of scores": entropy[k], "no expert": none / ids[k].numel()}
+        further = {name: round(value, 4) for name, value in further.items()}
+        rows.append({"layer": str(layer.index)} | use_columns(use[k]) | further)
     pools = [bank for bank in subject.banks if len(bank) > 1]
     if not pools:
         return rows, use, subject.banks, {}
     met = 0.0
     for bank in pools:
-        some = (ids[bank] == subject.layers[bank[0]].n_experts).any(0).any(-1)  # (T,) no expert there
-        met += moe.unique_experts(ids[bank]).item() * len(bank) - some.float().mean().item() / ids.shape[2]
+        none = ids[bank] == subject.layers[bank[0]].n_experts  # (layers, T, K)
+        met += moe.unique_experts(ids[bank]).item() * len(bank)
+        met -= none.any(0).any(-1).float().mean().item() / ids.shape[2]  # "no expert" is none
     text = ("distinct experts that a token meets over the depth, of those it could (the paper with "
             "top 1: 94.1 % at 12 layers, 89.5 % at 24, 83.4 % at 36)")
     return rows, use, subject.banks, {text: met / sum(map(len, pools))}
 
 
 def neuron_use(subject, config):
-    """infmoe: how often each hidden neuron is selected, the width of the densities and the spread of
-    their means. The same as expert_use returns, a row for every mask."""
+    """infmoe: how often each hidden neuron is selected, widths and spread of the densities.
+
+    Returns the same as expert_use, with a row for every mask.
+    """
     use, sums = defaultdict(float), defaultdict(float)
 
     def see(k, x, output):
@@ -608,7 +612,8 @@ def overlap(subject, config, save):
     watch(subject, config, "overlap", see)
     labels, values = [str(layer.index) for layer in subject.layers], sums / tokens
     print("overlap: mean |cos| between the activations of one token's experts (infmoe: samples)")
-    print_table(["layer", "overlap"], [*zip(labels, values.round(4)), ("mean", values.mean().round(4))])
+    table = [*zip(labels, values), ("mean", values.mean())]
+    print_table(["layer", "overlap"], [[label, f"{value:.4f}"] for label, value in table])
     save("overlap", {"layers": labels, "overlap": values.tolist()},
          lambda: figures.overlap(subject.name, labels, values))
 
@@ -636,13 +641,14 @@ def pathways(subject, config, save):
     titles = [f"layers {a.index} to {b.index}" for a, b in itertools.pairwise(subject.layers)]
     consistent = [moe.path_consistency(a, b, n + 1).item() for a, b in pairs]
     chance = [moe.max_share(counted(b[:, :1], n)).item() / (n + 1) for _, b in pairs]
-    print("path consistency: share of tokens whose next first choice is the usual successor of this\n"
-          "one; chance: were the layers independent")
+    print("path consistency: share of tokens whose next first choice is the usual successor of\n"
+          "this one; chance: were the layers independent")
     table = [*zip(titles, consistent, chance), ("mean", np.mean(consistent), np.mean(chance))]
     print_table(["", "consistency", "chance"], [[t, f"{c:.3f}", f"{r:.3f}"] for t, c, r in table])
     crossing = placements(subject, ids, config.devices)
-    print(f"hops to an expert of the next layer that change device, with experts on {config.devices}\n"
-          "devices; the partition is made from one half of the text, and all are judged on the other")
+    print("hops to an expert of the next layer that change device, with experts on "
+          f"{config.devices} devices;\nthe partition is made from one half of the text, all are "
+          "judged on the other")
     print_table(["placement", "crossing"], [[name, f"{v:.1%}"] for name, v in crossing.items()])
     hits = cache_hits(accesses(subject, ids), len(subject.banks) * n)
     sizes = sorted({max(1, round(len(hits) * share)) for share in (0.05, 0.1, 0.25, 0.5, 0.75, 1)})
@@ -703,8 +709,8 @@ def samples(subject, config, save):
         raise ValueError(f"it counts the draws of infmoe's routers, and {subject.name} draws none")
     most = 2**30 // (min(config.batch_size, len(subject.windows)) * size * model.config.d_expert)
     if max(config.samples) > max(1, most):
-        raise ValueError(f"K={max(config.samples)} masks for each token of a batch do not fit into 4 GB:"
-                         f" at most {most}, or more with a smaller --batch_size")
+        raise ValueError(f"K={max(config.samples)} masks for each token of a batch do not fit into "
+                         f"4 GB: at most {most}, or more with a smaller --batch_size")
     trained, base, rows = model.config.infmoe_samples, held_out(subject, config), []
     try:
         for k in tqdm([*config.samples, "z = mu"], desc="samples", leave=False, disable=None):
@@ -715,8 +721,8 @@ def samples(subject, config, save):
             rows.append(row | {"tokens_per_second": 1 / np.median(seconds)})
     finally:
         model.set_samples(trained, False)
-    print(f"samples K at inference, trained with {trained}: change of the loss ± standard error over "
-          "windows; speed of scoring")
+    print(f"samples K at inference, trained with {trained}: change of the loss ± standard error "
+          "over windows; speed of scoring")
     print_table(["K", f"nats per {subject.unit}", "change", "accuracy, %", f"{subject.unit}s/s"], [
         [row["K"], f"{row['loss']:.4f}", changed(row, "loss", 4), f"{row['accuracy']:.2f}",
          f"{row['tokens_per_second']:.0f}"] for row in rows])
@@ -736,7 +742,7 @@ def print_table(names, rows):
 
 
 def write_atomically(path, write):
-    """Call write(f) on a temporary file beside `path`, then rename it: whole, or as it was before."""
+    """Call write(f) on a temporary file beside `path`, then rename it: whole, or as before."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "wb") as f:
@@ -760,7 +766,7 @@ def keep_earlier(folder, name):
 
 
 def saver(subject, config):
-    """-> save(name, results, draw): writes name.json, and name.png where matplotlib is installed."""
+    """-> save(name, results, draw): writes name.json, and name.png if matplotlib is there."""
     theirs = f"out/hf_{Path(config.hf).name}" if config.hf else config.out_dir
     folder = Path(config.save_dir or theirs)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Read what a trained model writes: text streams out as it is generated, the speed comes at the end.
+"""Read what a trained model writes: text streams out as it is generated.
 
     python sample.py                               # newest checkpoint under out/ begins a document
     python sample.py --out_dir=out/x --prompt="def " --max_new_tokens=200 --seed=1
@@ -32,7 +32,7 @@ class SampleConfig:
     max_new_tokens: int = 300  # per text; end of text ends it before
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int | None = None  # choose among the k likeliest tokens
-    top_p: float | None = None  # choose among the likeliest tokens that together reach this probability
+    top_p: float | None = None  # choose among the likeliest that together reach this probability
     seed: int = 1
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     infmoe_samples: int | None = None  # infmoe: samples per token, instead of those of training
@@ -43,8 +43,7 @@ class SampleConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.temperature != 0 and self.temperature < 1e-6:  # logits are divided by it
-            raise ValueError(f"temperature={self.temperature} must be 0 (always the likeliest token) "
-                             "or at least 1e-6")
+            raise ValueError(f"temperature={self.temperature} must be 0 or at least 1e-6")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.prompt is not None and self.prompt_file is not None:
@@ -58,7 +57,7 @@ def load(config: SampleConfig):
     try:
         model = GPT.from_checkpoint(folder, pick_device(config.device))
     except RuntimeError as error:  # no such device, or no room on it
-        raise ValueError(f"{folder} cannot be loaded with --device={config.device}: {error}") from None
+        raise ValueError(f"{folder}, device={config.device}: {error}") from None
     require_finite(model, folder)
     if config.infmoe_samples is not None or config.infmoe_mean is not None:
         model.set_samples(config.infmoe_samples, config.infmoe_mean)
@@ -70,12 +69,11 @@ def load(config: SampleConfig):
 
 
 def check_samples(c, n_samples):
-    """ValueError where the masks of n_samples codes, for each token of a full context, are too many."""
-    numbers = n_samples * c.block_size * c.d_expert
-    if numbers > 2**30:
-        raise ValueError(f"infmoe_samples={n_samples}: their masks over the context of {c.block_size} "
-                         f"tokens take {4e-9 * numbers:,.0f} GB; at most "
-                         f"{2**30 // (c.block_size * c.d_expert)} fit into 4 GB")
+    """ValueError where n_samples masks for each token of a full context are too many."""
+    most = 2**30 // (c.block_size * c.d_expert)
+    if n_samples > most:
+        raise ValueError(f"infmoe_samples={n_samples}: at most {most} of their masks over the "
+                         f"context of {c.block_size} tokens fit into 4 GB")
 
 
 def read_prompt(config: SampleConfig, tokenizer, block_size: int) -> list[int]:
@@ -87,8 +85,7 @@ def read_prompt(config: SampleConfig, tokenizer, block_size: int) -> list[int]:
         try:
             text = Path(config.prompt_file).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{config.prompt_file} is not UTF-8 text: byte {error.start} is "
-                             f"0x{error.object[error.start]:02x}") from None
+            raise ValueError(f"{config.prompt_file} is not UTF-8 text: {error}") from None
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("the prompt is empty: without one, the model begins a document of its own")

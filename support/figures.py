@@ -39,8 +39,9 @@ def random_router(model, rows, note):
         axes.bar(x, [row["accuracy_change"] for row in mine], width, label=name, color=COLOURS[i],
                  yerr=[row["accuracy_error"] or 0 for row in mine], error_kw={"linewidth": 0.8})
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xticks=range(len(labels)), xticklabels=labels, xlabel=f"layer with another router\n{note}",
+    axes.set(xticks=range(len(labels)), xticklabels=labels,
              ylabel="change in next-token accuracy, points")
+    axes.set_xlabel(f"layer with another router\n{note}", fontsize=8)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -50,20 +51,20 @@ def use(model, labels, use, banks, things, none):
     summed use of what the layers share, against the even line.
 
     use: a list of counts (n,) per row; banks: lists of rows that share their experts; things:
-    "experts" or "neurons"; none: shares (rows,) of the gates that are zero, or None. Without sharing,
-    the lower panel has all of them, the most used first; so do the rows of private neurons, whose
-    numbers mean nothing across layers.
+    "experts" or "neurons"; none: shares (rows,) of the gates that are zero, or None. Without
+    sharing, the lower panel has all of them, the most used first; so do the rows of private
+    neurons, whose numbers mean nothing across layers.
     """
     shared, one, plt = len(banks) < len(use), things[:-1], pyplot()
     grid = np.stack([c / max(1, c.sum()) * len(c) for c in use])  # (rows, n); 1 = even
     if not shared and things == "neurons":
         grid = -np.sort(-grid, axis=1)
     height, extra = 0.7 + 0.18 * len(use), 0.0 if none is None else 0.14
-    figure, axes = canvas(model, f"Which layer uses which {one}", 2, 2, (8, height + 3.2), squeeze=False,
+    figure, axes = canvas(model, f"Which layer uses which {one}", 2, 2, (8, height + 3.2),
                           height_ratios=[height, 1.4], width_ratios=[1, extra or 0.001])
     (top, right), (bottom, corner) = axes
     corner.axis("off")
-    norm = plt.matplotlib.colors.PowerNorm(0.5, 0, max(2, np.quantile(grid, 0.998)))  # shows those near 1
+    norm = plt.matplotlib.colors.PowerNorm(0.5, 0, max(2, np.quantile(grid, 0.998)))
     image = top.imshow(grid, aspect="auto", cmap=SHADES, norm=norm)
     figure.colorbar(image, ax=top, label="use (1 = even)", pad=0.01)
     step = -(-len(labels) // 12)
@@ -79,7 +80,8 @@ def use(model, labels, use, banks, things, none):
     if not shared:
         totals = [-np.sort(-np.concatenate([c / max(1, c.sum()) for c in use]))]
     for i, counts in enumerate(totals):
-        values, edges = counts / max(1, counts.sum()) * len(counts), np.arange(len(counts) + 1) - 0.5
+        values = counts / counts.sum() * len(counts)
+        edges = np.arange(len(counts) + 1) - 0.5
         label = f"pool {i}" if len(totals) > 1 else None
         bottom.stairs(values, edges, fill=True, alpha=0.6, label=label, color=COLOURS[i % 5])
     bottom.axhline(1, color="black", linestyle="--", linewidth=0.8, label="even")
@@ -103,7 +105,8 @@ def pathways(model, titles, counts, hits):
     axis = axes[-1]
     axis.plot(np.arange(1, len(hits) + 1), 100 * hits, color=COLOURS[0], label="those used last")
     axis.plot([0, len(hits)], [0, 100], "k--", linewidth=0.8, label="any others")
-    axis.set(xlabel="experts in the cache", ylabel="hit rate, %", ylim=(0, 100), xlim=(0, len(hits)))
+    axis.set(xlabel="experts in the cache", ylabel="hit rate, %", ylim=(0, 100),
+             xlim=(0, len(hits)))
     axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -118,15 +121,15 @@ def overlap(model, labels, values):
 
 def samples(model, rows, unit):
     """Loss and speed against the number of samples; the last row is z = mu. unit: byte or token."""
-    figure, axes = canvas(model, "Quality and speed against the samples per token (whiskers: ± standard"
-                          " error of the change)", 1, 2, (8, 3.2))
+    title = "Quality and speed by samples per token (whiskers: ± standard error of the change)"
+    figure, axes = canvas(model, title, 1, 2, (8, 3.2))
     names = f"held-out loss, nats per {unit}", f"{unit}s scored per second"
     for axis, key, label in zip(axes, ("loss", "tokens_per_second"), names):
         error = [row["loss_error"] or 0 for row in rows[:-1]] if key == "loss" else None
         axis.errorbar([row["K"] for row in rows[:-1]], [row[key] for row in rows[:-1]], error,
                       fmt="o-", color=COLOURS[0], label="K samples")
         axis.axhline(rows[-1][key], color="black", linestyle="--", linewidth=0.8, label="z = mu")
-        axis.set(xlabel="samples K", ylabel=label)
+        axis.set(xlabel="samples K", ylabel=label, xticks=[row["K"] for row in rows[:-1]])
     axes[1].set_ylim(0)
     axes[0].legend(frameon=False, fontsize=8)
     return figure

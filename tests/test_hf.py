@@ -117,13 +117,13 @@ def drop(part):
 
 
 @pytest.mark.parametrize("model_type, change, words", [
-    ("llama", drop("layers.1.mlp.up_proj"), "missing model.layers.1.mlp.up_proj.weight"),
-    ("gpt2", drop("ln_f"), "missing transformer.ln_f"),
-    ("olmoe", drop("layers.0.mlp.gate.weight"), "missing model.layers.0.mlp.gate.weight"),
-    ("olmoe", drop("0.mlp.experts.3.up_proj"), "conversion model.layers.0.mlp.experts.gate_up_proj"),  # one expert of six
+    ("llama", drop("layers.1.mlp.up_proj"), "1 missing, such as model.layers.1.mlp.up_proj.weight"),
+    ("gpt2", drop("ln_f"), "2 missing, such as transformer.ln_f.bias"),
+    ("olmoe", drop("layers.0.mlp.gate.weight"), "1 missing, such as model.layers.0.mlp.gate.weight"),
+    ("olmoe", drop("0.mlp.experts.3.up_proj"), "1 missing, such as model.layers.0.mlp.experts.gate_up_proj"),  # one expert of six
     ("olmoe", drop("experts.3.down_proj"), "model.layers.0.mlp.experts.down_proj"),
-    ("llama", lambda w: w | {"model.layers.7.x": torch.zeros(2)}, "unexpected model.layers.7.x"),
-    ("llama", lambda w: w | {"model.norm.weight": torch.zeros(2)}, "of another shape model.norm.weight"),
+    ("llama", lambda w: w | {"model.layers.7.x": torch.zeros(2)}, "1 unexpected, such as model.layers.7.x"),
+    ("llama", lambda w: w | {"model.norm.weight": torch.zeros(2)}, "1 of another shape, such as model.norm.weight"),
 ])
 def test_incomplete_folders_are_refused_by_name(model_type, change, words, tmp_path, capfd):
     folder = saved(hf_model(model_type), tmp_path)
@@ -164,7 +164,7 @@ def test_without_transformers(monkeypatch):
 
 
 def test_an_old_transformers_is_named(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
     with pytest.raises(ImportError, match=r'4\.57\.1 is too old: pip install -e "\.\[hf\]"'):
         GPT.from_hf("gpt2")
 
