@@ -17,11 +17,8 @@ not on the batch size, and is the same for a checkpoint and for its export. Laye
 import contextlib
 import dataclasses
 import itertools
-import json
-import os
 import re
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -39,9 +36,9 @@ import kernels
 import moe
 from configurator import fail, parse
 from model import GPT, load_checkpoint
-from support import figures, hf
+from support import figures, hf, placement
 from support.machine import newest_run, pick_device
-from support.placement import cache_hits, crossings, partition
+from support.results import print_table, save_results
 from support.shards import ShardReader, load_meta
 from support.tokenizer import get_tokenizer
 
@@ -194,11 +191,10 @@ def load_hf(config: ProbeConfig) -> Subject:
 
     size = min(config.block_size or 1024, getattr(c, "max_position_embeddings", None) or 1024)
     windows = read_windows(config, config.dataset, size, c.vocab_size, encode)
-    depth, (first, *_) = c.num_hidden_layers, layers
-    name = (f"{config.hf} ({type(model).__name__}, {depth} layers, {first.n_experts} experts, "
-            f"top {first.top_k})")
-    no_cache = {"use_cache": False}
-    return Subject(name, model, layers, depth, c.vocab_size, windows, config.hf, no_cache)
+    depth, kind = c.num_hidden_layers, type(model).__name__
+    experts = f"{layers[0].n_experts} experts, top {layers[0].top_k}"
+    return Subject(f"{config.hf} ({kind}, {depth} layers, {experts})", model, layers, depth,
+                   c.vocab_size, windows, config.hf, {"use_cache": False})
 
 
 def read_windows(config, dataset, size, vocab_size, encode):
@@ -368,7 +364,7 @@ def record(subject, config):
 
 
 def counted(ids, n_experts):
-    """Choices of one layer (T, K), as record has them -> (E + 1,) counts, the last: no expert."""
+    """One layer's choices (T, K) from record -> counts (E + 1,), the last: no expert."""
     return moe.expert_counts(ids.long(), n_experts + 1)
 
 
@@ -645,59 +641,23 @@ def pathways(subject, config, save):
           "this one; chance: were the layers independent")
     table = [*zip(titles, consistent, chance), ("mean", np.mean(consistent), np.mean(chance))]
     print_table(["", "consistency", "chance"], [[t, f"{c:.3f}", f"{r:.3f}"] for t, c, r in table])
-    crossing = placements(subject, ids, config.devices)
+    numbers = {k: b for b, bank in enumerate(subject.banks) for k in bank}
+    bank = [numbers[k] for k in range(len(subject.layers))]  # of every layer
+    crossing = placement.compare(ids.numpy(), bank, n, config.devices)
     print("hops to an expert of the next layer that change device, with experts on "
           f"{config.devices} devices;\nthe partition is made from one half of the text, all are "
           "judged on the other")
     print_table(["placement", "crossing"], [[name, f"{v:.1%}"] for name, v in crossing.items()])
-    hits = cache_hits(accesses(subject, ids), len(subject.banks) * n)
+    fetched = placement.accesses(ids.numpy(), bank, n)
+    hits = placement.cache_hits(fetched, len(subject.banks) * n)
     sizes = sorted({max(1, round(len(hits) * share)) for share in (0.05, 0.1, 0.25, 0.5, 0.75, 1)})
     print("a cache of the experts used last, decoding one token after another")
     print_table(["experts held", "hit rate"],
                 [[f"{size} of {len(hits)}", f"{hits[size - 1]:.1%}"] for size in sizes])
     results = {"pairs": titles, "path_consistency": consistent, "chance": chance,
                "crossing": crossing, "cache_hit_rate": hits.tolist()}
-    save("pathways", results, lambda: figures.pathways(
-        subject.name, titles, [hops(a, b, n) for a, b in pairs], hits))
-
-
-def hops(here, there, n):
-    """(E, E): how often a token goes from this expert to that; not those without an expert."""
-    return moe.path_counts(here, there, n + 1)[:n, :n].double().numpy()
-
-
-def placements(subject, ids, n_devices):
-    """-> {how experts are placed on devices: share of the hops that change device}"""
-    n, half = subject.layers[0].n_experts, ids.shape[1] // 2
-    seen, new = traffic(subject, ids[:, :half]), traffic(subject, ids[:, half:])
-    in_order = {bank: np.arange(n) * n_devices // n for bank in range(len(subject.banks))}
-    swapped = partition(seen, in_order, n_devices)
-    return {"in order": crossings(new, in_order), "by graph partition": crossings(new, swapped),
-            "at random": 1 - 1 / n_devices}
-
-
-def bank_numbers(subject):
-    """For every layer the number of its bank."""
-    numbers = {k: b for b, bank in enumerate(subject.banks) for k in bank}
-    return [numbers[k] for k in range(len(subject.layers))]
-
-
-def traffic(subject, ids):
-    """ids (L, T, K) -> {(bank, next bank): (E, E) hops}"""
-    n, bank, total = subject.layers[0].n_experts, bank_numbers(subject), defaultdict(float)
-    for k, (here, there) in enumerate(zip(ids.long(), ids[1:].long())):
-        total[bank[k], bank[k + 1]] += hops(here, there, n)
-    return total
-
-
-def accesses(subject, ids, most=2**18):
-    """The experts that decoding would fetch, token by token and layer by layer: ids (L, T, K) ->
-    numbers (n,)."""
-    n = subject.layers[0].n_experts
-    first = torch.tensor(bank_numbers(subject)) * n  # (L,)
-    numbers = torch.where(ids < n, ids.long() + first[:, None, None], -1)
-    numbers = numbers.transpose(0, 1).flatten()  # (T, L, K) -> (n,)
-    return numbers[numbers >= 0][:most].numpy()
+    counts = [placement.hops(a.numpy(), b.numpy(), n) for a, b in pairs]
+    save("pathways", results, lambda: figures.pathways(subject.name, titles, counts, hits))
 
 
 # ---- 6. infinity-MoE: more samples, or none
@@ -729,64 +689,17 @@ def samples(subject, config, save):
     save("samples", {"rows": rows}, lambda: figures.samples(subject.name, rows, subject.unit))
 
 
-# ---- 7. tables, files, the command line
-
-
-def print_table(names, rows):
-    """Columns as wide as they need be; the first to the left, the others to the right."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in [names, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for first, *others in cells:
-        line = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print("  " + "  ".join([first.ljust(widths[0]), *line]).rstrip())
-
-
-def write_atomically(path, write):
-    """Call write(f) on a temporary file beside `path`, then rename it: whole, or as before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as f:
-            write(f)
-            os.fchmod(f.fileno(), 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def keep_earlier(folder, name):
-    """Rename name.json and name.png of an earlier probe, if any, to name-N. -> what to say of it"""
-    earlier = [path for end in (".json", ".png") if os.path.lexists(path := folder / (name + end))]
-    if not earlier:
-        return ""
-    number = next(n for n in itertools.count(1) if not list(folder.glob(f"{name}-{n}.*")))
-    for path in earlier:
-        path.rename(folder / f"{name}-{number}{path.suffix}")
-    return f"; the one before is now {name}-{number}"
+# ---- 7. the command line
 
 
 def saver(subject, config):
-    """-> save(name, results, draw): writes name.json, and name.png if matplotlib is there."""
+    """-> save(name, results, draw): name.json, and name.png if matplotlib is there."""
     theirs = f"out/hf_{Path(config.hf).name}" if config.hf else config.out_dir
+    head = {"model": subject.name, "held_out_tokens": subject.windows[:, 1:].size,
+            "settings": dataclasses.asdict(config)}
     folder = Path(config.save_dir or theirs)
     folder.mkdir(parents=True, exist_ok=True)
-
-    def save(name, results, draw):
-        head = {"model": subject.name, "held_out_tokens": subject.windows[:, 1:].size,
-                "settings": dataclasses.asdict(config)}
-        text = json.dumps(head | results, indent=1, allow_nan=False)
-        plt, kept = figures.pyplot(), keep_earlier(folder, name)
-        write_atomically(folder / f"{name}.json", lambda f: f.write(text.encode()))
-        if plt is None:
-            print(f"wrote {folder / name}.json{kept}; its figure needs matplotlib: "
-                  'pip install -e ".[plot]"\n')
-            return
-        figure = draw()
-        write_atomically(folder / f"{name}.png", lambda f: figure.savefig(f, dpi=200, format="png"))
-        plt.close(figure)
-        print(f"wrote {folder / name}.json and {folder / name}.png{kept}\n")
-
-    return save
+    return lambda name, results, draw: save_results(folder, name, head | results, draw)
 
 
 def probe(config: ProbeConfig) -> int:

@@ -61,32 +61,25 @@ def load(config: SampleConfig):
     require_finite(model, folder)
     if config.infmoe_samples is not None or config.infmoe_mean is not None:
         model.set_samples(config.infmoe_samples, config.infmoe_mean)
-        check_samples(model.config, config.infmoe_samples or 1)
-    device = model.wte.weight.device
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        c, n_samples = model.config, config.infmoe_samples or 1
+        most = 2**30 // (c.block_size * c.d_expert)
+        if n_samples > most:
+            raise ValueError(f"infmoe_samples={n_samples}: at most {most} of their masks over the "
+                             f"context of {c.block_size} tokens fit into 4 GB")
+    if model.wte.weight.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         model = model.to(torch.bfloat16)  # half the bytes to read per token
     return model, tokenizer
-
-
-def check_samples(c, n_samples):
-    """ValueError where n_samples masks for each token of a full context are too many."""
-    most = 2**30 // (c.block_size * c.d_expert)
-    if n_samples > most:
-        raise ValueError(f"infmoe_samples={n_samples}: at most {most} of their masks over the "
-                         f"context of {c.block_size} tokens fit into 4 GB")
 
 
 def read_prompt(config: SampleConfig, tokenizer, block_size: int) -> list[int]:
     """The prompt's token ids, at least one and at most block_size."""
     if config.prompt is None and config.prompt_file is None:
         return [tokenizer.eot]  # stands before each document
-    text = config.prompt
-    if config.prompt_file is not None:
-        try:
-            text = Path(config.prompt_file).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{config.prompt_file} is not UTF-8 text: {error}") from None
-    ids = tokenizer.encode(text)
+    try:
+        path, text = config.prompt_file, config.prompt
+        ids = tokenizer.encode(Path(path).read_text(encoding="utf-8") if text is None else text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     if not ids:
         raise ValueError("the prompt is empty: without one, the model begins a document of its own")
     if len(ids) > block_size:

@@ -1,9 +1,46 @@
 """Where to keep experts, for the pathways that probe.py records: on devices, and in a cache.
 
-traffic: {(bank, next bank): (E, E) how often a token goes from this expert to that one};
+ids: (L, T, K) the experts that each layer chose, E for none; bank: for each layer the number of its
+bank; traffic: {(bank, next bank): (E, E) how often a token goes from this expert to that one};
 place: {bank: (E,) the device of each expert}.
 """
+from collections import defaultdict
+
 import numpy as np
+
+
+def compare(ids: np.ndarray, bank: list, n: int, n_devices: int) -> dict:
+    """Ways to place experts -> share of the hops that change device.
+
+    The partition is made from the first half of the tokens, and all are judged on the second.
+    """
+    half = ids.shape[1] // 2
+    seen, new = traffic(ids[:, :half], bank, n), traffic(ids[:, half:], bank, n)
+    in_order = {number: np.arange(n) * n_devices // n for number in set(bank)}
+    swapped = partition(seen, in_order, n_devices)
+    return {"in order": crossings(new, in_order), "by graph partition": crossings(new, swapped),
+            "at random": 1 - 1 / n_devices}
+
+
+def traffic(ids, bank, n):
+    total = defaultdict(float)
+    for k, (here, there) in enumerate(zip(ids, ids[1:])):
+        total[bank[k], bank[k + 1]] += hops(here, there, n)
+    return total
+
+
+def hops(here, there, n):
+    """(T, K), (T, K) -> (E, E): how often a token goes from this expert to that one."""
+    counts = np.zeros((n + 1, n + 1))
+    np.add.at(counts, (here[:, :, None], there[:, None, :]), 1)
+    return counts[:n, :n]  # without those from or to no expert
+
+
+def accesses(ids, bank, n, most=2**18):
+    """The experts that decoding would fetch, token by token and layer by layer -> numbers (n,)."""
+    numbers = np.where(ids < n, ids + n * np.array(bank)[:, None, None], -1)
+    numbers = numbers.transpose(1, 0, 2).flatten()  # (T, L, K) -> (n,)
+    return numbers[numbers >= 0][:most]
 
 
 def crossings(traffic: dict, place: dict) -> float:

@@ -1,7 +1,7 @@
-"""probe.py: what it changes is what it says, uniformly, and nothing stays changed; what it reports is counted by hand.
+"""probe.py: it changes what it says, uniformly, and nothing for good; its counts are done by hand.
 
-  1. rerouting transformers' models      3. infmoe's codes              5. use, overlap, pathways     7. the command line
-  2. the draw itself                     4. the random-router probe     6. samples
+  1. rerouting transformers' models    3. infmoe's codes            5. use, overlap, pathways
+  2. the draw itself                   4. the random-router probe   6. samples, 7. files, commands
 """
 import collections
 import itertools
@@ -11,24 +11,35 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from probe_helpers import CONTEXT, ROUTED, VOCAB, hf_model, random_model, save_checkpoint, saved, text_shards, tokens
+from probe_helpers import (
+    CONTEXT,
+    ROUTED,
+    VOCAB,
+    hf_model,
+    random_model,
+    save_checkpoint,
+    saved,
+    text_shards,
+    tokens,
+)
 
 import moe
 import probe
 from lab import evaluate
 from probe import Layer, ProbeConfig, Subject
+from support import hf, placement, results
 
 TOPK = dict(arch="llama", flavour="topk", n_experts=6, d_expert=24, n_kv_head=2, n_layer=4)
 OURS = {
     "topk": TOPK,
-    "deepseek": TOPK | dict(flavour="deepseek", moe_every=2),  # always-on experts; layers 1 and 3 only
+    # always-on experts; layers 1 and 3 only
+    "deepseek": TOPK | dict(flavour="deepseek", moe_every=2),
     "unipool": dict(arch="llama", flavour="unipool", n_experts=12, top_k=2, n_layer=4),
     "infmoe": dict(arch="llama", flavour="infmoe", infmoe_dz=8, n_layer=4),
 }
@@ -46,7 +57,8 @@ def subject_of(model, windows=None):
     """As load_ours makes it, without files."""
     c = model.config
     blocks = [(i, b.ffn) for i, b in enumerate(model.blocks) if isinstance(b.ffn, moe.MoE)]
-    layers = [Layer(i, f.router, f, f.bank or model.pool_of(k), c.n_experts or c.d_expert, c.top_k or c.infmoe_samples)
+    layers = [Layer(i, f.router, f, f.bank or model.pool_of(k), c.n_experts or c.d_expert,
+                    c.top_k or c.infmoe_samples)
               for k, (i, f) in enumerate(blocks)]
     windows = tokens(6, CONTEXT + 1).numpy() if windows is None else windows
     return Subject("it", model, layers, c.n_layer, VOCAB, windows, None, {})
@@ -71,24 +83,27 @@ def hooks_of(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Rerouting transformers' models: exactly the chosen layer, and bit for bit as before afterwards.
+# ---- 1. Rerouting transformers' models: exactly the chosen layer, and bit for bit as before.
 
 @pytest.mark.parametrize("family", ROUTED)
 def test_one_layer_of_every_family(family, tmp_path, data):
     model = hf_model(family, num_hidden_layers=3)
-    config = ProbeConfig(hf=saved(model, tmp_path), dataset=data, routing=True, tokens=4096, device="cpu")
+    config = ProbeConfig(hf=saved(model, tmp_path), dataset=data, routing=True, tokens=4096,
+                         device="cpu")
     subject = probe.load_hf(config)
     model, x = subject.model, torch.tensor(subject.windows[:, :-1])
-    assert [layer.index for layer in subject.layers] == ([1, 2] if "deepseek" in family else [0, 1, 2])
-    assert {layer.n_experts for layer in subject.layers} == {6} and {layer.top_k for layer in subject.layers} == {2}
+    assert [layer.index for layer in subject.layers] == ([1, 2] if "deepseek" in family else [0, 1,
+                                                                                              2])
+    assert {layer.n_experts
+            for layer in subject.layers} == {6} and {layer.top_k for layer in subject.layers} == {2}
     before, weights = model(x).logits, {name: p.clone() for name, p in model.state_dict().items()}
     chosen = subject.layers[-2]
     given, passed = {}, {}  # what every router was given, and what its experts were then given
 
     def spy(layer):
         note = lambda module, args, kwargs: passed.update({layer.index: [*args, *kwargs.values()]})
-        return [layer.router.register_forward_pre_hook(lambda module, args: given.update({layer.index: args[0]})),
+        return [layer.router.register_forward_pre_hook(lambda module,
+                                                       args: given.update({layer.index: args[0]})),
                 layer.experts.register_forward_pre_hook(note, with_kwargs=True)]
 
     spies = [handle for layer in subject.layers for handle in spy(layer)]
@@ -97,14 +112,17 @@ def test_one_layer_of_every_family(family, tmp_path, data):
     for handle in spies:
         handle.remove()
     for layer in subject.layers:
-        ids, gates = (next(t for t in passed[layer.index] if t.is_floating_point() == kind and t.shape[-1] == 2)
-                      for kind in (False, True))
+        pairs = [t for t in passed[layer.index] if t.shape[-1] == 2]
+        ids = next(t for t in pairs if not t.is_floating_point())
+        gates = next(t for t in pairs if t.is_floating_point())
         own = layer.router(given[layer.index])
         torch.testing.assert_close(gates, own[1], rtol=0, atol=0)  # learned gates everywhere
         if layer is not chosen:
             assert torch.equal(ids, own[2])
             continue
-        assert not torch.equal(ids, own[2]) and (ids[:, 0] != ids[:, 1]).all() and ids.min() >= 0 and ids.max() < 6
+        assert not torch.equal(ids,
+                               own[2]) and (ids[:, 0] != ids[
+                                   :, 1]).all() and ids.min() >= 0 and ids.max() < 6
         assert chi_square(torch.bincount(ids.flatten(), minlength=6)) < CHI_SQUARE[5]
     assert not torch.equal(changed, before)
     assert torch.equal(model(x).logits, before) and hooks_of(model) == 0
@@ -112,41 +130,47 @@ def test_one_layer_of_every_family(family, tmp_path, data):
 
 
 def test_other_architectures_are_named(tmp_path, data):
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no \*TopKRouter module to hook, as Mixtral, OLMoE"):
+    words = r"LlamaForCausalLM has no \*TopKRouter module to hook, as Mixtral, OLMoE"
+    with pytest.raises(ValueError, match=words):
         probe.load_hf(ProbeConfig(hf=saved(hf_model("llama"), tmp_path), dataset=data))
 
 
 def test_a_router_that_returns_something_else_is_refused():
-    for output in (torch.zeros(3, 2), (torch.zeros(3, 6), torch.zeros(3, 2)), (torch.zeros(3, 6),) * 3):
+    for output in (torch.zeros(3, 2), (torch.zeros(3, 6), torch.zeros(3, 2)),
+                   (torch.zeros(3, 6),) * 3):
         with pytest.raises(ValueError, match="does not return"):
             probe.gates_and_ids(output)
 
 
 def test_hooks_go_when_the_run_fails():
     subject = subject_of(random_model(**TOPK))
-    with pytest.raises(RuntimeError, match="boom"), probe.rerouted(subject, subject.layers, "random"):
+    with pytest.raises(RuntimeError, match="boom"), probe.rerouted(subject, subject.layers,
+                                                                   "random"):
         raise RuntimeError("boom")
     assert hooks_of(subject.model) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. The draw itself.
+# ---- 2. The draw itself.
 
-def draw(how="random", n=6, k=2, size=6000, seed=0, among=None, gates="learned", keys=None, index=3):
+def draw(how="random", n=6, k=2, size=6000, seed=0, among=None, gates="learned", keys=None,
+         index=3):
     layer = Layer(index, None, None, None, n, k)
     weights = torch.rand(size, k, generator=torch.Generator().manual_seed(1))
     routing = moe.Routing(weights, torch.zeros(size, k, dtype=torch.int64), None, None)
     keys = torch.arange(size) if keys is None else keys
-    return weights, probe.another_choice(layer, routing, keys, 64 * (1000 * seed + index), among, gates)
+    return weights, probe.another_choice(layer, routing, keys, 64 * (1000 * seed + index), among,
+                                         gates)
 
 
 def test_uniform_over_sets_and_order():
     _, new = draw()
     assert chi_square(torch.bincount(new.ids.flatten(), minlength=6)) < CHI_SQUARE[5]
     pairs = collections.Counter(tuple(sorted(pair)) for pair in new.ids.tolist())
-    assert len(pairs) == 15 and chi_square(pairs.values()) < CHI_SQUARE[14]  # all pairs, none twice the same
+    # all pairs, none twice the same
+    assert len(pairs) == 15 and chi_square(pairs.values()) < CHI_SQUARE[14]
     ordered = torch.bincount((new.ids[:, 0] < new.ids[:, 1]).long(), minlength=2)
-    assert abs(ordered[0] - ordered[1]) < 4 * math.sqrt(6000)  # which gate goes to which is chance, too
+    # which gate goes to which is chance, too
+    assert abs(ordered[0] - ordered[1]) < 4 * math.sqrt(6000)
 
 
 def test_layers_and_seeds_are_independent():
@@ -159,7 +183,8 @@ def test_layers_and_seeds_are_independent():
 def test_among_and_gates():
     among = torch.tensor([5, 0, 4, 2])
     weights, new = draw(k=2, among=among, gates="uniform")
-    assert set(new.ids.flatten().tolist()) == set(among.tolist()) and (new.ids[:, 0] != new.ids[:, 1]).all()
+    assert set(new.ids.flatten().tolist()) == set(among.tolist()) and (new.ids[:, 0] != new.ids[
+        :, 1]).all()
     assert chi_square(torch.bincount(new.ids.flatten())[among]) < CHI_SQUARE[3]
     torch.testing.assert_close(new.weights, weights.mean(-1, keepdim=True).repeat(1, 2))
     assert torch.equal(draw()[0], draw()[1].weights)
@@ -174,15 +199,16 @@ def test_hash_is_a_function_of_the_token():
     ids = torch.randint(0, 500, (6000,), generator=torch.Generator().manual_seed(2))
     new = draw(keys=ids)[1].ids
     table = {}
-    assert all(table.setdefault(token, row) == row for token, row in zip(ids.tolist(), new.tolist()))
+    assert all(table.setdefault(token, row) == row for token,
+               row in zip(ids.tolist(), new.tolist()))
     assert chi_square(np.bincount([row[0] for row in table.values()], minlength=6)) < CHI_SQUARE[5]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. infmoe: codes from N(0, I).
+# ---- 3. infmoe: codes from N(0, I).
 
 @pytest.mark.parametrize("settings", [
-    {}, dict(infmoe_depth=2, infmoe_z="shared"), dict(infmoe_depth=2), dict(infmoe_depth=2, infmoe_rate=(None, 0.5)),
+    {}, dict(infmoe_depth=2, infmoe_z="shared"), dict(infmoe_depth=2), dict(
+        infmoe_depth=2, infmoe_rate=(None, 0.5)),
     dict(infmoe_mean=True), dict(infmoe_components=3, pool_groups=1),
 ])
 def test_codes_are_standard_normal(settings):
@@ -193,17 +219,19 @@ def test_codes_are_standard_normal(settings):
     assert [code is None for code in new] == [code is None for code in own]
     for code, learned in zip(new, own):
         if code:
-            assert code.z.shape == learned.z.shape and code.mu is learned.mu and not torch.equal(code.z, learned.z)
+            assert code.z.shape == learned.z.shape and code.mu is learned.mu
+            assert not torch.equal(code.z, learned.z)
             n = code.z.numel()
-            assert abs(code.z.mean()) < 4 / math.sqrt(n) and abs(code.z.var() - 1) < 6 / math.sqrt(n)
+            assert abs(code.z.mean()) < 4 / math.sqrt(n)
+            assert abs(code.z.var() - 1) < 6 / math.sqrt(n)
             corr = torch.corrcoef(code.z.flatten(1).T)
-            assert (corr - torch.eye(len(corr))).abs().max() < 0.12  # samples and dimensions are independent
+            # samples and dimensions are independent
+            assert (corr - torch.eye(len(corr))).abs().max() < 0.12
     if len(new) == 2 and all(new):
-        assert torch.equal(new[0].z, new[1].z) == (settings["infmoe_z"] == "shared" if "infmoe_z" in settings else False)
+        assert torch.equal(new[0].z, new[1].z) == (settings.get("infmoe_z") == "shared")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. The random-router probe.
+# ---- 4. The random-router probe.
 
 @torch.no_grad()
 def test_held_out_is_the_mean_cross_entropy():
@@ -212,7 +240,8 @@ def test_held_out_is_the_mean_cross_entropy():
     for window, (loss, accuracy) in zip(torch.tensor(subject.windows), values):
         logits = subject.model(window[None, :-1]).logits[0]
         assert loss == pytest.approx(F.cross_entropy(logits, window[1:]).item(), abs=1e-5)
-        assert accuracy == pytest.approx(100 * (logits.argmax(-1) == window[1:]).float().mean().item(), abs=1e-3)
+        right = (logits.argmax(-1) == window[1:]).float().mean().item()
+        assert accuracy == pytest.approx(100 * right, abs=1e-3)
 
 
 @pytest.mark.parametrize("flavour", OURS)
@@ -236,7 +265,8 @@ def test_earlier_layers_see_nothing_of_it():
     own = subject.model(x, return_routings=True).routings
     with probe.rerouted(subject, [subject.layers[2]], "random"):
         new = subject.model(x, return_routings=True).routings
-    assert all(torch.equal(new[k].ids, own[k].ids) and torch.equal(new[k].weights, own[k].weights) for k in (0, 1))
+    assert all(torch.equal(new[k].ids, own[k].ids)
+               and torch.equal(new[k].weights, own[k].weights) for k in (0, 1))
     assert torch.equal(new[2].weights, own[2].weights) and torch.equal(new[2].scores, own[2].scores)
     assert not torch.equal(new[2].ids, own[2].ids)
 
@@ -262,7 +292,8 @@ def test_skip_is_a_layer_without_experts():
 def test_skip_in_transformers(tmp_path, data):
     for family in ("mixtral", "gpt_oss"):  # blocks that return a tensor, and a tuple
         model = hf_model(family)
-        subject = probe.load_hf(ProbeConfig(hf=saved(model, tmp_path / family), dataset=data, tokens=64, device="cpu"))
+        subject = probe.load_hf(ProbeConfig(hf=saved(model, tmp_path / family), dataset=data,
+                                            tokens=64, device="cpu"))
         model, x = subject.model, tokens()
         with probe.rerouted(subject, [subject.layers[1]], "skip"):
             skipped = model(x).logits
@@ -279,14 +310,14 @@ def run(tmp_path, name="probe", **settings):
 
 
 def test_ours_and_the_export_give_the_same_numbers(tmp_path, data):
-    from support import hf
     model = random_model(**TOPK)
     folder = save_checkpoint(model, tmp_path / "ours", data)
     hf.export(model, tmp_path / "theirs")
     settings = dict(random_router_from=True, choice="both", matched_experts=3, seeds=2, tokens=2048)
     ours = run(tmp_path, "a", out_dir=folder, batch_size=16, **settings)
     theirs = run(tmp_path, "b", hf=str(tmp_path / "theirs"), dataset=data, batch_size=5, **settings)
-    assert len(ours["rows"]) == len(theirs["rows"]) == 4 * 3  # random, matched, hash, skipped; layers 2, 3, mean
+    # random, matched, hash, skipped; layers 2, 3, mean
+    assert len(ours["rows"]) == len(theirs["rows"]) == 4 * 3
     for mine, other in zip([ours["learned"], *ours["rows"]], [theirs["learned"], *theirs["rows"]]):
         assert mine == pytest.approx(other, abs=2e-4)
     assert run(tmp_path, "c", out_dir=folder, routing=True)["use"] == run(
@@ -295,8 +326,10 @@ def test_ours_and_the_export_give_the_same_numbers(tmp_path, data):
 
 def test_rows_are_means_over_windows_seeds_and_layers(tmp_path, data):
     folder = save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "ours", data)
-    config = ProbeConfig(out_dir=folder, random_router_from=2, seeds=2, tokens=512, controls="skip", device="cpu")
-    rows = run(tmp_path, out_dir=folder, random_router_from=2, seeds=2, tokens=512, controls="skip")["rows"]
+    config = ProbeConfig(out_dir=folder, random_router_from=2, seeds=2, tokens=512, controls="skip",
+                         device="cpu")
+    rows = run(tmp_path, out_dir=folder, random_router_from=2, seeds=2, tokens=512,
+               controls="skip")["rows"]
     subject = probe.load_ours(config)
     base, change = probe.held_out(subject, config), {}
     for layer, seed in itertools.product((2, 3), (0, 1)):
@@ -308,31 +341,39 @@ def test_rows_are_means_over_windows_seeds_and_layers(tmp_path, data):
         for j, column in enumerate(("loss", "accuracy")):
             w = windows[:, j]
             error = math.sqrt(sum((w - w.mean()) ** 2) / 15 / 16)
-            assert row[f"{column}_change"] == pytest.approx(w.mean()) and row[f"{column}_error"] == pytest.approx(error)
+            assert row[f"{column}_change"] == pytest.approx(w.mean())
+            assert row[f"{column}_error"] == pytest.approx(error)
             assert row[column] == pytest.approx(base[:, j].mean() + w.mean())
-            a, b = (np.mean([change[k][:, j].mean() for k in keys if k[1] == seed]) for seed in (0, 1))
-            assert row[f"{column}_error_over_seeds"] == pytest.approx(abs(a - b) / 2)  # of two values
+            a, b = (np.mean([change[k][:, j].mean() for k in keys if k[1] == seed])
+                    for seed in (0, 1))
+            # of two values
+            assert row[f"{column}_error_over_seeds"] == pytest.approx(abs(a - b) / 2)
 
 
 def test_all_at_once(tmp_path, data):
     folder = save_checkpoint(random_model(**TOPK), tmp_path / "ours", data)
-    rows = run(tmp_path, out_dir=folder, random_router_from=0, all_at_once=True, tokens=512, seeds=1)["rows"]
-    assert [(row["router"], row["layer"]) for row in rows] == [(name, "together") for name in ("random of 6", "hash", "skipped")]
+    rows = run(tmp_path, out_dir=folder, random_router_from=0, all_at_once=True, tokens=512,
+               seeds=1)["rows"]
+    assert [(row["router"], row["layer"])
+            for row in rows] == [(name, "together") for name in ("random of 6", "hash", "skipped")]
     subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=512, device="cpu"))
     with probe.rerouted(subject, subject.layers, "hash"):
-        assert rows[1]["loss"] == pytest.approx(probe.held_out(subject, ProbeConfig())[:, 0].mean(), abs=1e-4)
+        assert rows[1]["loss"] == pytest.approx(probe.held_out(subject, ProbeConfig())[:, 0].mean(),
+                                                abs=1e-4)
 
 
 def test_matched_is_the_most_used(tmp_path, data):
     folder = save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "ours", data)
-    config = ProbeConfig(out_dir=folder, random_router_from=True, choice="matched", matched_experts=3, tokens=512, device="cpu")
+    config = ProbeConfig(out_dir=folder, random_router_from=True, choice="matched",
+                         matched_experts=3, tokens=512, device="cpu")
     subject = probe.load_ours(config)
     among = probe.interventions(subject, config)["random of top 3"][1]
     routings = routings_of(subject)
     for k, layer in enumerate(subject.layers):
         counts = collections.Counter(itertools.chain(*chosen(routings[k], none=None)))
         few = set(among[layer.index].tolist())
-        assert len(few) == 3 and min(counts[e] for e in few) >= max(counts[e] for e in range(12) if e not in few)
+        assert len(few) == 3 and min(
+            counts[e] for e in few) >= max(counts[e] for e in range(12) if e not in few)
 
 
 def test_on_benchmarks(tmp_path, data, monkeypatch):
@@ -341,7 +382,8 @@ def test_on_benchmarks(tmp_path, data, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(TOY.parent.parent)
     folder = save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "ours", data)
-    found = run(tmp_path, out_dir=folder, random_router_from=3, tasks="toy", include_path=str(TOY), limit=25, seeds=2,
+    found = run(tmp_path, out_dir=folder, random_router_from=3, tasks="toy", include_path=str(TOY),
+                limit=25, seeds=2,
                 controls="skip")
     assert set(found["learned"]) == {"accuracy"} and len(found["rows"]) == 2  # one layer: no mean
     subject = probe.load_ours(ProbeConfig(out_dir=folder, device="cpu"))
@@ -349,11 +391,11 @@ def test_on_benchmarks(tmp_path, data, monkeypatch):
         lm = evaluate.language_model(subject.model, subject.tokenizer)
         accuracy = evaluate.run(lm, "toy", str(TOY), limit=25)["toy"]["acc_norm"]
     assert found["rows"][1]["accuracy"] == pytest.approx(100 * accuracy)
-    assert found["rows"][1]["accuracy_change"] == pytest.approx(100 * accuracy - found["learned"]["accuracy"])
+    change = 100 * accuracy - found["learned"]["accuracy"]
+    assert found["rows"][1]["accuracy_change"] == pytest.approx(change)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Use, overlap, pathways.
+# ---- 5. Use, overlap, pathways.
 
 def test_record_equals_the_routings():
     subject = subject_of(random_model(**OURS["unipool"]))
@@ -380,15 +422,20 @@ def test_expert_use(groups, tmp_path, data):
     assert any(none) == bool(groups)  # NormRouter's scores can all be zero, a softmax's not
     pools = {0: [], 1: ["0 to 3"], 2: ["0 to 1", "2 to 3"]}[groups]
     assert [row["layer"] for row in found["rows"]] == ["0", "1", "2", "3", *pools]
-    for row, counts in zip(found["rows"], use + ([np.sum(use[:4 // groups], 0).tolist()] if groups else [])):
+    for row, counts in zip(found["rows"],
+                           use + ([np.sum(use[:4 // groups], 0).tolist()] if groups else [])):
         q = [c / sum(counts) for c in counts]
-        assert row["entropy of use"] == pytest.approx(-sum(p * math.log(p) for p in q if p) / math.log(len(q)), abs=1e-4)
-        assert row["largest"] == pytest.approx(max(q) * len(q), abs=0.01) and row["unused"] == counts.count(0)
+        assert row["entropy of use"] == pytest.approx(-sum(
+            p * math.log(p) for p in q if p) / math.log(len(q)), abs=1e-4)
+        assert row["largest"] == pytest.approx(max(q) * len(q),
+                                               abs=0.01) and row["unused"] == counts.count(0)
     if groups:
         layers = 4 // groups
         paths = [chosen(r, none=n) for r in routings]
-        met = [len({e for path in paths[g * layers:(g + 1) * layers] for e in path[t]} - {n}) / (2 * layers)
-               for g in range(groups) for t in range(1024)]
+        met = []
+        for g, t in itertools.product(range(groups), range(1024)):
+            seen = {e for path in paths[g * layers:(g + 1) * layers] for e in path[t]}
+            met.append(len(seen - {n}) / (2 * layers))
         assert next(iter(found["facts"].values())) == pytest.approx(np.mean(met), abs=1e-5)
 
 
@@ -397,17 +444,18 @@ def test_neuron_use(settings):
     subject = subject_of(random_model(**OURS["infmoe"] | settings))
     rows, use, banks, _ = probe.neuron_use(subject, ProbeConfig(batch_size=2))
     codes = routings_of(subject)
-    for row, counts, (k, i) in zip(rows, use, itertools.product(range(4), range(settings.get("infmoe_depth", 1)))):
+    for row, counts, (k, i) in zip(
+        rows, use, itertools.product(range(4), range(settings.get("infmoe_depth", 1)))):
         masks = subject.layers[k].experts.masks(codes[k])[i]  # (T, K, F)
         assert counts.tolist() == (masks != 0).sum((0, 1)).tolist()
         assert row["sigma"] == pytest.approx((codes[k][i].logvar / 2).exp().mean().item(), abs=1e-3)
-        assert row["spread of mu"] == pytest.approx(codes[k][i].mu[:, 0].std(0, correction=0).mean().item(), abs=1e-3)
+        assert row["spread of mu"] == pytest.approx(codes[k][i].mu[:, 0].std(
+            0, correction=0).mean().item(), abs=1e-3)
     assert sorted(r for bank in banks for r in bank) == list(range(len(rows)))
     assert len(banks) == (1 if "pool_groups" in settings else len(rows))
 
 
 def test_overlap_of_ours_and_of_the_export(tmp_path, data):
-    from support import hf
     model = random_model(**TOPK)
     folder = save_checkpoint(model, tmp_path / "ours", data)
     hf.export(model, tmp_path / "theirs")
@@ -415,8 +463,10 @@ def test_overlap_of_ours_and_of_the_export(tmp_path, data):
     theirs = run(tmp_path, "b", hf=str(tmp_path / "theirs"), dataset=data, overlap=True, tokens=256)
     assert ours["overlap"] == pytest.approx(theirs["overlap"], abs=1e-4)
     seen = {}
-    handle = model.blocks[1].ffn.register_forward_hook(lambda m, args, out: seen.update(x=args[0], routing=out[1]))
-    model(torch.tensor(probe.load_ours(ProbeConfig(out_dir=folder, tokens=256, device="cpu")).windows[:, :-1]))
+    handle = model.blocks[1].ffn.register_forward_hook(lambda m, args,
+                                                       out: seen.update(x=args[0], routing=out[1]))
+    model(torch.tensor(probe.load_ours(ProbeConfig(out_dir=folder, tokens=256,
+                                                   device="cpu")).windows[:, :-1]))
     handle.remove()
     bank, cosines = model.blocks[1].ffn.bank, []
     for x, ids in zip(seen["x"], seen["routing"].ids):
@@ -429,7 +479,8 @@ def test_one_probe_fails_and_the_others_go_on(tmp_path, data, monkeypatch, capsy
     theirs = saved(hf_model("gpt_oss"), tmp_path / "x")
     ours = save_checkpoint(random_model(**OURS["unipool"] | dict(top_k=1)), tmp_path / "y", data)
     for source, words in ((f"--hf={theirs}", "GptOssExperts"), (f"--out_dir={ours}", "uses one")):
-        options = ["--overlap", "--pathways", "--tokens=64", f"--save_dir={tmp_path}/z", f"--dataset={data}"]
+        options = ["--overlap", "--pathways", "--tokens=64", f"--save_dir={tmp_path}/z",
+                   f"--dataset={data}"]
         with pytest.raises(SystemExit) as stop:
             command(monkeypatch, source, *options, "--device=cpu")
         error = capsys.readouterr().err.splitlines()
@@ -449,22 +500,24 @@ def test_an_earlier_probe_is_kept(tmp_path, data, monkeypatch, capsys):
     assert "the one before" not in capsys.readouterr().out
     second = run(tmp_path, "y", tokens=256, **options)
     assert "the one before is now routing-1" in capsys.readouterr().out
-    assert second["held_out_tokens"] == 256 and json.loads((out / "routing-1.json").read_text()) == first
+    assert second["held_out_tokens"] == 256
+    assert json.loads((out / "routing-1.json").read_text()) == first
     assert (out / "routing-1.png").read_bytes() == picture != (out / "routing.png").read_bytes()
     for name in ("routing.json", "routing.png"):
         (out / name).unlink()
         (tmp_path / name).write_text("theirs")
         (out / name).symlink_to(tmp_path / name)
     run(tmp_path, "y", tokens=64, **options)
-    assert all((tmp_path / name).read_text() == "theirs" for name in ("routing.json", "routing.png"))
+    assert all((tmp_path / name).read_text() == "theirs"
+               for name in ("routing.json", "routing.png"))
     assert not (out / "routing.json").is_symlink() and (out / "routing-2.png").is_symlink()
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
-    probe.write_atomically(path, lambda f: f.write(b"good"))
+    results.write_atomically(path, lambda f: f.write(b"good"))
     with pytest.raises(RuntimeError, match="boom"):
-        probe.write_atomically(path, lambda f: (f.write(b"half"), f.flush(), boom()))
+        results.write_atomically(path, lambda f: (f.write(b"half"), f.flush(), boom()))
     assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
 
 
@@ -475,8 +528,9 @@ def boom():
 def test_a_kill_while_writing_leaves_what_was_there(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("good")
-    code = ("import os, sys, pathlib, probe; probe.write_atomically(pathlib.Path(sys.argv[1]), "
-            "lambda f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), 9)))")
+    code = ("import os, sys; from pathlib import Path; from support import results\n"
+            "results.write_atomically(Path(sys.argv[1]), lambda f: (f.write(b'half'), f.flush(), "
+            "os.kill(os.getpid(), 9)))")
     done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True)
     assert done.returncode == -9 and path.read_text() == "good"
 
@@ -499,7 +553,8 @@ def test_weights_that_are_no_numbers(tmp_path, data, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, f"--out_dir={folder}", "--routing", "--device=cpu")
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "NaN or infinite" in error and folder in error
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "NaN or infinite" in error and folder in error
     subject = subject_of(random_model(**TOPK))
     save = probe.saver(subject, ProbeConfig(save_dir=str(tmp_path / "y")))
     with pytest.raises(ValueError, match="JSON"):
@@ -513,7 +568,8 @@ def test_benchmarks_are_imported_only_where_asked_for():
 
 
 def test_overlap_of_samples(tmp_path, data):
-    found = run(tmp_path, out_dir=save_checkpoint(random_model(**OURS["infmoe"]), tmp_path / "x", data), overlap=True, tokens=64)
+    found = run(tmp_path, out_dir=save_checkpoint(random_model(**OURS["infmoe"]), tmp_path / "x",
+                                                  data), overlap=True, tokens=64)
     assert all(0 < value < 1 for value in found["overlap"])
 
 
@@ -530,7 +586,8 @@ def test_pathways(flavour, tmp_path, data):
             after[a][b] += 1
         usual = sum(c.most_common(1)[0][1] for c in after.values())
         assert found["path_consistency"][k] == pytest.approx(usual / 2048)
-        assert found["chance"][k] == pytest.approx(torch.bincount(ids[k + 1, :, 0]).max().item() / 2048)
+        assert found["chance"][k] == pytest.approx(torch.bincount(ids[k + 1, :,
+                                                                      0]).max().item() / 2048)
     hops = [(a * 3 // n, b * 3 // n) for k in range(3) for t in range(1024, 2048)
             for a in ids[k, t].tolist() for b in ids[k + 1, t].tolist() if n not in (a, b)]
     assert found["crossing"]["in order"] == pytest.approx(np.mean([a != b for a, b in hops]))
@@ -539,33 +596,36 @@ def test_pathways(flavour, tmp_path, data):
 
 def test_partition_finds_planted_groups_and_keeps_sizes():
     rng = np.random.default_rng(0)
-    for pairs in ([(0, 1), (1, 2)], [(0, 0)], [(0, 0), (0, 1), (1, 1)]):  # private banks, one pool, two pools
+    # private banks, one pool, two pools
+    for pairs in ([(0, 1), (1, 2)], [(0, 0)], [(0, 0), (0, 1), (1, 1)]):
         group = {bank: rng.permutation(12) % 3 for bank in (0, 1, 2)}
         traffic = {(a, b): 1.0 + 50 * (group[a][:, None] == group[b][None, :]) for a, b in pairs}
         plain = {bank: np.arange(12) // 4 for bank in {x for pair in pairs for x in pair}}
-        found = probe.partition(traffic, plain, 3)
+        found = placement.partition(traffic, plain, 3)
         assert all(np.bincount(devices).tolist() == [4, 4, 4] for devices in found.values())
-        assert probe.crossings(traffic, found) < 0.6 * probe.crossings(traffic, plain)
-        assert all((devices == np.arange(12) // 4).all() for devices in plain.values())  # the argument is left alone
+        assert placement.crossings(traffic, found) < 0.6 * placement.crossings(traffic, plain)
+        # the argument is left alone
+        assert all((devices == np.arange(12) // 4).all() for devices in plain.values())
 
 
 def test_partition_is_a_local_optimum():
     """No swap of two experts of a bank could still help; counted literally."""
     rng = np.random.default_rng(1)
-    traffic = {(0, 0): rng.random((7, 7)), (0, 1): rng.random((7, 7)) ** 3, (1, 1): rng.random((7, 7))}
+    traffic = {(0, 0): rng.random((7, 7)), (0, 1): rng.random((7, 7)) ** 3,
+               (1, 1): rng.random((7, 7))}
     plain = {bank: np.arange(7) * 3 // 7 for bank in (0, 1)}  # sizes 3, 2, 2
-    found = probe.partition(traffic, plain, 3)
-    best = probe.crossings(traffic, found)
-    assert best < probe.crossings(traffic, plain)
+    found = placement.partition(traffic, plain, 3)
+    best = placement.crossings(traffic, found)
+    assert best < placement.crossings(traffic, plain)
     for bank, (i, j) in itertools.product((0, 1), itertools.combinations(range(7), 2)):
         other = {b: devices.copy() for b, devices in found.items()}
         other[bank][[i, j]] = other[bank][[j, i]]
-        assert probe.crossings(traffic, other) >= best - 1e-12
+        assert placement.crossings(traffic, other) >= best - 1e-12
 
 
 def test_cache_hits_equal_a_cache():
     sequence = np.random.default_rng(0).zipf(1.5, 3000) % 11
-    hits = probe.cache_hits(sequence, 11)
+    hits = placement.cache_hits(sequence, 11)
     for size in range(1, 12):
         cache, found = collections.OrderedDict(), 0
         for expert in sequence.tolist():
@@ -578,26 +638,27 @@ def test_cache_hits_equal_a_cache():
 
 
 def test_accesses_are_in_the_order_of_decoding():
-    ids = torch.tensor([[[0, 1], [2, 3]], [[1, 0], [3, 2]]], dtype=torch.int16)  # (L = 2, T = 2, K = 2)
-    pool, private = (types.SimpleNamespace(banks=banks, layers=[Layer(i, None, None, None, 4, 2) for i in (0, 1)])
-                     for banks in ([[0, 1]], [[0], [1]]))
-    assert probe.accesses(pool, ids).tolist() == [0, 1, 1, 0, 2, 3, 3, 2]
-    assert probe.accesses(private, ids).tolist() == [0, 1, 5, 4, 2, 3, 7, 6]
+    # (L = 2, T = 2, K = 2)
+    ids = np.array([[[0, 1], [2, 3]], [[1, 0], [3, 2]]], dtype=np.int16)  # (L = 2, T = 2, K = 2)
+    assert placement.accesses(ids, [0, 0], 4).tolist() == [0, 1, 1, 0, 2, 3, 3, 2]  # a pool
+    assert placement.accesses(ids, [0, 1], 4).tolist() == [0, 1, 5, 4, 2, 3, 7, 6]
     ids[0, 0, 1] = ids[1, 1, 0] = 4  # no expert
-    assert probe.accesses(private, ids).tolist() == [0, 5, 4, 2, 3, 6]
+    assert placement.accesses(ids, [0, 1], 4).tolist() == [0, 5, 4, 2, 3, 6]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Samples.
+# ---- 6. Samples.
 
 def test_samples(tmp_path, data):
-    folder = save_checkpoint(random_model(**OURS["infmoe"] | dict(infmoe_depth=2, infmoe_mean_from=1)), tmp_path / "x", data)
+    folder = save_checkpoint(random_model(
+        **OURS["infmoe"] | dict(infmoe_depth=2, infmoe_mean_from=1)), tmp_path / "x", data)
     rows = run(tmp_path, out_dir=folder, samples=(1, 2, 5), tokens=512)["rows"]
     subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=512, device="cpu"))
     assert [row["K"] for row in rows] == [1, 2, 5, "z = mu"] and rows[1]["loss_change"] == 0
-    for row, change in zip(rows, (dict(n_samples=1), dict(n_samples=2), dict(n_samples=5), dict(n_samples=2, mean=True))):
+    for row, change in zip(rows, (dict(n_samples=1), dict(n_samples=2), dict(n_samples=5),
+                                  dict(n_samples=2, mean=True))):
         subject.model.set_samples(**change)
-        assert row["loss"] == pytest.approx(probe.held_out(subject, ProbeConfig())[:, 0].mean(), abs=1e-5)
+        assert row["loss"] == pytest.approx(probe.held_out(subject, ProbeConfig())[:, 0].mean(),
+                                            abs=1e-5)
 
 
 def test_samples_are_as_before_afterwards():
@@ -607,8 +668,7 @@ def test_samples_are_as_before_afterwards():
     assert np.array_equal(probe.held_out(subject, ProbeConfig()), before)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. The command line.
+# ---- 7. The command line.
 
 def command(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["probe.py", *argv])
@@ -623,7 +683,8 @@ def command(monkeypatch, *argv):
     (["--random-router-from", "3", "--seeds=1"], {"random_router"}, "3 "),
     (["--random-router-from", "--seeds", "1"], {"random_router"}, "mean"),
     (["--random_router_from=0", "--seeds=1", "--all-at-once"], {"random_router"}, "together"),
-    (["--routing", "--overlap", "--pathways"], {"routing", "overlap", "pathways"}, "by graph partition"),
+    (["--routing", "--overlap", "--pathways"], {"routing", "overlap", "pathways"},
+     "by graph partition"),
 ])
 def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -636,7 +697,8 @@ def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeyp
     assert words in printed and "out/newer" in printed
     assert {path.stem for path in (tmp_path / "out" / "newer").glob("*.json")} == files
     for name in files:
-        assert json.loads((tmp_path / "out" / "newer" / f"{name}.json").read_text())["held_out_tokens"] == 256
+        found = json.loads((tmp_path / "out" / "newer" / f"{name}.json").read_text())
+        assert found["held_out_tokens"] == 256
         assert (tmp_path / "out" / "newer" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -644,7 +706,8 @@ def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeyp
     ({}, ["--routing"], "is dense"),
     (TOPK, ["--random-router-from", "4"], "random_router_from=4 leaves nothing to randomise"),
     (TOPK, ["--random-router-from=-1"], "leaves nothing"),
-    (TOPK | dict(top_k=3), ["--random-router-from", "--choice=matched", "--matched_experts=2"], "raise --matched_experts"),
+    (TOPK | dict(top_k=3), ["--random-router-from", "--choice=matched", "--matched_experts=2"],
+     "raise --matched_experts"),
     (TOPK, ["--samples=1,2"], "draws none"),
     (TOPK, ["--samples=0"], "samples=(0,)"),
     (TOPK, ["--pathways", "--devices=7"], "devices=7"),
@@ -660,12 +723,14 @@ def test_mistakes_are_one_line(settings, argv, words, tmp_path, data, monkeypatc
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, f"--out_dir={folder}", "--tokens=64", "--device=cpu", *argv)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.startswith("error: ") and error.count("\n") == 1
+    assert stop.value.code == 2 and words in error
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_nothing_to_probe(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for argv, words in ((["--routing"], "no checkpoint under out/"), (["--hf=x"], "--hf needs --dataset")):
+    for argv, words in ((["--routing"], "no checkpoint under out/"),
+                        (["--hf=x"], "--hf needs --dataset")):
         with pytest.raises(SystemExit):
             command(monkeypatch, *argv)
         assert words in capsys.readouterr().err
@@ -675,14 +740,17 @@ def test_a_text_file_as_dataset(tmp_path, data):
     text = tmp_path / "notes.txt"
     text.write_text("def f(x):\n    return x\n" * 40)
     folder = save_checkpoint(random_model(**TOPK), tmp_path / "ours", data)
-    windows = probe.load_ours(ProbeConfig(out_dir=folder, dataset=str(text), tokens=300, device="cpu")).windows
+    windows = probe.load_ours(ProbeConfig(out_dir=folder, dataset=str(text), tokens=300,
+                                          device="cpu")).windows
     ids = list(text.read_bytes())[:301]
-    assert windows.tolist() == [ids[i:i + CONTEXT + 1] for i in range(0, 300 - CONTEXT + 1, CONTEXT)]
+    assert windows.tolist() == [ids[i:i + CONTEXT + 1]
+                                for i in range(0, 300 - CONTEXT + 1, CONTEXT)]
 
 
 def test_without_matplotlib(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    run(tmp_path, out_dir=save_checkpoint(random_model(**TOPK), tmp_path / "ours", data), routing=True, tokens=64)
+    run(tmp_path, out_dir=save_checkpoint(random_model(**TOPK), tmp_path / "ours", data),
+        routing=True, tokens=64)
     assert 'pip install -e ".[plot]"' in capsys.readouterr().out
 
 
@@ -690,6 +758,7 @@ def test_without_matplotlib(tmp_path, data, monkeypatch, capsys):
 @pytest.mark.parametrize("flavour", OURS)
 def test_every_probe_of_every_flavour(flavour, tmp_path, data, monkeypatch, capsys):
     folder = save_checkpoint(random_model(**OURS[flavour]), tmp_path / "x", data)
-    argv = ["--random-router-from", "--routing", "--overlap"] + (["--samples=1,4"] if flavour == "infmoe" else ["--pathways"])
+    argv = ["--random-router-from", "--routing",
+            "--overlap"] + (["--samples=1,4"] if flavour == "infmoe" else ["--pathways"])
     command(monkeypatch, f"--out_dir={folder}", "--tokens=512", "--device=cpu", *argv)
     assert capsys.readouterr().out.count("wrote ") == 4

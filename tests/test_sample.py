@@ -170,6 +170,7 @@ def test_newest_checkpoint(trained, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("option", "part"), [
     ("--prompt=", "the prompt is empty"), ("--prompt_file=/nowhere/x", "/nowhere/x"),
+    ("--prompt_file=", "irectory"),
     ("--prompt=" + "x" * 17, "17 tokens and the model's context 16"),
     ("--prompt=a --prompt_file=b", "prompt and prompt_file"), ("--out_dir=/", "no checkpoint at /"),
     ("--promt=x", "did you mean --prompt?"), ("--temperature=-1", "temperature=-1"),

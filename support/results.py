@@ -1,0 +1,58 @@
+"""What probes leave: a table on the screen, numbers and a picture in files."""
+import itertools
+import json
+import os
+import tempfile
+
+from support import figures
+
+
+def print_table(names, rows):
+    """Columns as wide as they need be; the first to the left, the others to the right."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in [names, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for first, *others in cells:
+        line = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print("  " + "  ".join([first.ljust(widths[0]), *line]).rstrip())
+
+
+def write_atomically(path, write):
+    """Call write(f) on a temporary file beside `path`, then rename it: whole, or as before."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "wb") as f:
+            write(f)
+            os.fchmod(f.fileno(), 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def keep_earlier(folder, name):
+    """Rename name.json and name.png of an earlier probe, if any, to name-N. -> what to say of it"""
+    earlier = [path for end in (".json", ".png") if os.path.lexists(path := folder / (name + end))]
+    if not earlier:
+        return ""
+    number = next(n for n in itertools.count(1) if not list(folder.glob(f"{name}-{n}.*")))
+    for path in earlier:
+        path.rename(folder / f"{name}-{number}{path.suffix}")
+    return f"; the one before is now {name}-{number}"
+
+
+def save_results(folder, name, results, draw):
+    """Write name.json, and as name.png the figure that draw() returns, if matplotlib is there.
+
+    ValueError for numbers that are not finite; then all files are as before.
+    """
+    text = json.dumps(results, indent=1, allow_nan=False)
+    plt, kept = figures.pyplot(), keep_earlier(folder, name)
+    write_atomically(folder / f"{name}.json", lambda f: f.write(text.encode()))
+    if plt is None:
+        print(f"wrote {folder / name}.json{kept}; its figure needs matplotlib: "
+              'pip install -e ".[plot]"\n')
+        return
+    figure = draw()
+    write_atomically(folder / f"{name}.png", lambda f: figure.savefig(f, dpi=200, format="png"))
+    plt.close(figure)
+    print(f"wrote {folder / name}.json and {folder / name}.png{kept}\n")
