@@ -177,7 +177,7 @@ class Attention(nn.Module):
                 nn.init.zeros_(bias)
 
     def heads(self, x, n, norm):
-        """x (B, S, n*d) -> (B, n, S, d), normalised in the norm's float32, over all heads or each."""
+        """x (B, S, n*d) -> (B, n, S, d), normalised in float32 over all heads or each by itself."""
         dtype = x.dtype
         if norm is not None and not self.norm_heads:
             x = norm(x.to(norm.weight.dtype))

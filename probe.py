@@ -33,11 +33,14 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import kernels
+import losses
 import moe
 from configurator import fail, parse
 from model import GPT, load_checkpoint
 from support import figures, hf, placement
-from support.machine import newest_run, pick_device
+from support.checkpoint import newest_run
+from support.machine import pick_device
+from support.noise import normal_noise, uniform_noise
 from support.results import print_table, save_results
 from support.shards import ShardReader, load_meta
 from support.tokenizer import get_tokenizer
@@ -140,7 +143,6 @@ def load_ours(config: ProbeConfig) -> Subject:
         model = GPT.from_checkpoint(config.out_dir, pick_device(config.device))
     except RuntimeError as error:  # no such device, or no room on it
         raise ValueError(f"{config.out_dir}, device={config.device}: {error}") from None
-    hf.require_finite(model, config.out_dir)
     if config.dtype != "auto":
         model.to(getattr(torch, config.dtype))
     c, tokenizer = model.config, get_tokenizer(saved["tokenizer"])
@@ -283,7 +285,7 @@ def another_choice(layer, output, noise_seeds, stream, among, gates):
         return another_code(layer, output, noise_seeds, stream)
     weights, ids = gates_and_ids(output)
     among = torch.arange(layer.n_experts) if among is None else among
-    noise = moe.uniform_noise(noise_seeds.to(ids.device), stream, len(among))  # (T, choices)
+    noise = uniform_noise(noise_seeds.to(ids.device), stream, len(among))  # (T, choices)
     ids = among.to(ids)[noise.topk(ids.shape[1]).indices]  # (T, K)
     if gates == "uniform":
         weights = weights.mean(-1, keepdim=True).expand_as(weights)
@@ -298,7 +300,7 @@ def another_code(layer, codes, noise_seeds, stream):
     for i, code in enumerate(codes):
         if code is not None:
             n, own = code.z[0].numel(), 0 if layer.router.z == "shared" else i
-            noise = moe.normal_noise(noise_seeds, stream + own, n)
+            noise = normal_noise(noise_seeds, stream + own, n)
             code = code._replace(z=noise.view_as(code.z).to(code.z))
         new.append(code)
     return tuple(new)
@@ -356,7 +358,7 @@ def record(subject, config):
         ids[k].append(chosen.to("cpu", torch.int16))
         ours = isinstance(output, moe.Routing)
         scores = output.scores if ours else output[0].float().softmax(-1)
-        entropy[k] += moe.routing_entropy(scores).item() * len(chosen)
+        entropy[k] += losses.routing_entropy(scores).item() * len(chosen)
 
     watch(subject, config, "routing", see)
     ids = torch.stack([torch.cat(layer) for layer in ids])
@@ -365,7 +367,7 @@ def record(subject, config):
 
 def counted(ids, n_experts):
     """One layer's choices (T, K) from record -> counts (E + 1,), the last: no expert."""
-    return moe.expert_counts(ids.long(), n_experts + 1)
+    return losses.expert_counts(ids.long(), n_experts + 1)
 
 
 def thinned(tree, n, most=512):
@@ -535,8 +537,9 @@ def routing(subject, config, save):
 def use_columns(counts):
     """counts (n,): how often each expert or neuron was used -> table columns."""
     counts = torch.as_tensor(counts)
-    return {"entropy of use": round(moe.usage_entropy(counts).item(), 4),
-            "largest": round(moe.max_share(counts).item(), 2), "unused": int((counts == 0).sum())}
+    return {"entropy of use": round(losses.usage_entropy(counts).item(), 4),
+            "largest": round(losses.max_share(counts).item(), 2),
+            "unused": int((counts == 0).sum())}
 
 
 def expert_use(subject, config):
@@ -554,7 +557,7 @@ def expert_use(subject, config):
     met = 0.0
     for bank in pools:
         none = ids[bank] == subject.layers[bank[0]].n_experts  # (layers, T, K)
-        met += moe.unique_experts(ids[bank]).item() * len(bank)
+        met += losses.unique_experts(ids[bank]).item() * len(bank)
         met -= none.any(0).any(-1).float().mean().item() / ids.shape[2]  # "no expert" is none
     text = ("distinct experts that a token meets over the depth, of those it could (the paper with "
             "top 1: 94.1 % at 12 layers, 89.5 % at 24, 83.4 % at 36)")
@@ -602,7 +605,7 @@ def overlap(subject, config, save):
         activations = hidden_activations(subject.layers[k], *thinned((x, output), len(x)))
         if activations.shape[1] < 2:
             raise ValueError(f"it compares the experts of one token, and {subject.name} uses one")
-        sums[k] += moe.overlap(activations).item() * len(activations)
+        sums[k] += losses.overlap(activations).item() * len(activations)
         tokens[k] += len(activations)
 
     watch(subject, config, "overlap", see)
@@ -635,8 +638,8 @@ def pathways(subject, config, save):
         raise ValueError(f"devices={config.devices}: more than the {n} experts of a layer")
     pairs = list(zip(ids.long(), ids[1:].long()))
     titles = [f"layers {a.index} to {b.index}" for a, b in itertools.pairwise(subject.layers)]
-    consistent = [moe.path_consistency(a, b, n + 1).item() for a, b in pairs]
-    chance = [moe.max_share(counted(b[:, :1], n)).item() / (n + 1) for _, b in pairs]
+    consistent = [losses.path_consistency(a, b, n + 1).item() for a, b in pairs]
+    chance = [losses.max_share(counted(b[:, :1], n)).item() / (n + 1) for _, b in pairs]
     print("path consistency: share of tokens whose next first choice is the usual successor of\n"
           "this one; chance: were the layers independent")
     table = [*zip(titles, consistent, chance), ("mean", np.mean(consistent), np.mean(chance))]

@@ -18,8 +18,8 @@ import torch
 
 from configurator import fail, parse
 from model import GPT, load_checkpoint
-from support.hf import require_finite
-from support.machine import newest_run, pick_device
+from support.checkpoint import newest_run
+from support.machine import pick_device
 from support.tokenizer import get_tokenizer
 
 
@@ -58,7 +58,6 @@ def load(config: SampleConfig):
         model = GPT.from_checkpoint(folder, pick_device(config.device))
     except RuntimeError as error:  # no such device, or no room on it
         raise ValueError(f"{folder}, device={config.device}: {error}") from None
-    require_finite(model, folder)
     if config.infmoe_samples is not None or config.infmoe_mean is not None:
         model.set_samples(config.infmoe_samples, config.infmoe_mean)
         c, n_samples = model.config, config.infmoe_samples or 1

@@ -2,9 +2,9 @@
 import itertools
 import json
 import os
-import tempfile
 
 from support import figures
+from support.files import write_atomically
 
 
 def print_table(names, rows):
@@ -14,19 +14,6 @@ def print_table(names, rows):
     for first, *others in cells:
         line = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         print("  " + "  ".join([first.ljust(widths[0]), *line]).rstrip())
-
-
-def write_atomically(path, write):
-    """Call write(f) on a temporary file beside `path`, then rename it: whole, or as before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as f:
-            write(f)
-            os.fchmod(f.fileno(), 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def keep_earlier(folder, name):

@@ -1,11 +1,12 @@
-"""Every test starts from the same seed, on one thread (the tensors are tiny), and leaves torch as it found it."""
+"""Every test starts from one seed, on one thread (tensors are tiny), and leaves torch as it was."""
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)  # for `python -m lab.…` in another folder
+# for `python -m lab.bench` and its like in another folder
+os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
 
 
 def pytest_collection_modifyitems(items):
