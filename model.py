@@ -270,7 +270,7 @@ def make_code_router(config: ModelConfig, layer: int) -> nn.Module:
             c.infmoe_hidden, mean, stream=layer * c.infmoe_depth + i)
 
     mean_from = 0 if c.infmoe_mean else c.infmoe_mean_from
-    return CodeRouter(density, c.infmoe_dz, c.infmoe_samples, c.rates(), c.infmoe_z, mean_from)
+    return CodeRouter(density, c.infmoe_dz, c.rates(), c.infmoe_z, mean_from)
 
 
 def make_bank(config: ModelConfig) -> nn.Module:

@@ -453,7 +453,8 @@ def benchmarks(subject, config):
 
     def measure():
         found = evaluate.run(lm, config.tasks, config.include_path, limit=config.limit)
-        return 100 * np.array(list(evaluate.accuracies(found).values()))[:, None]
+        scores = [evaluate.score_of(values, "acc_norm")[0] for values in found.values()]
+        return 100 * np.array(scores)[:, None]
 
     return measure
 

@@ -17,9 +17,9 @@ class CodeRouter(nn.Module):
     z_{i+1} ~ N(mu_i(x, z_i), Sigma_i(x, z_i)). Hidden layers from mean_from on use z = mu.
     """
 
-    def __init__(self, make_density, dz, n_samples, rates, z="independent", mean_from=None):
+    def __init__(self, make_density, dz, rates, z="independent", mean_from=None):
         super().__init__()
-        self.rates, self.z, self.n_samples = rates, z, n_samples
+        self.rates, self.z = rates, z
         self.mean_from = len(rates) if mean_from is None else mean_from
         self.masked = [i for i, rate in enumerate(rates) if rate is not None]
         self.densities = nn.ModuleDict()
@@ -30,9 +30,10 @@ class CodeRouter(nn.Module):
     @property
     def n_choices(self) -> list[int]:
         """Masks that a token has in each hidden layer: one per sample, or one where z = mu."""
+        n_samples = self.densities[str(self.masked[0])].n_samples
         if self.z == "hierarchical":  # all codes depend on the first
-            return [self.n_samples if self.masked[0] < self.mean_from else 1] * len(self.rates)
-        return [self.n_samples if i < self.mean_from else 1 for i in range(len(self.rates))]
+            return [n_samples if self.masked[0] < self.mean_from else 1] * len(self.rates)
+        return [n_samples if i < self.mean_from else 1 for i in range(len(self.rates))]
 
     def forward(self, x, noise_seeds, token_ids=None):
         """x (T, D), noise_seeds (T,) -> a tuple of H Codes, None where the layer is dense."""

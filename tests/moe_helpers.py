@@ -85,7 +85,7 @@ def code_router(d_model, dz, n_samples, rates, z="independent", mean_from=None, 
         return moe.GaussianRouter(d_model + extra, dz, n_samples, mean=is_mean,
                                   stream=layer * len(rates) + i, **options)
 
-    return CodeRouter(density, dz, n_samples, rates, z, 0 if mean else mean_from)
+    return CodeRouter(density, dz, rates, z, 0 if mean else mean_from)
 
 
 def random_tokens(batch, length, vocab_size=257, seed=0):

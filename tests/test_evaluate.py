@@ -228,8 +228,8 @@ def test_mistakes_are_one_line(harness, argv, words, tmp_path, capsys, monkeypat
         include_path=include_path, include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", ours)  # listing all tasks takes seconds
     save_checkpoint(random_model(), tmp_path, "data/stdlib")
-    words = [word.replace("{x}", str(tmp_path)) for word in argv]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    argv = [word.replace("{x}", str(tmp_path)) for word in argv]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *argv])
     with pytest.raises(SystemExit) as stop:
         evaluate.main()
     error = capsys.readouterr().err.splitlines()[-1]

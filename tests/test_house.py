@@ -48,9 +48,11 @@ def test_importing_a_room_changes_nothing(room):
     """No environment variable, no warning filter, no Triton without a GPU, no optional package."""
     code = f"""if True:
         import os, sys, warnings, torch, numpy, tqdm
-        before = dict(os.environ), list(warnings.filters), torch.get_num_threads()
+        import torch.distributed.tensor  # it brings a warning filter of sympy's
+        state = lambda: (dict(os.environ), list(warnings.filters), torch.get_num_threads())
+        before = state()
         import {room}
-        assert (dict(os.environ), list(warnings.filters), torch.get_num_threads()) == before
+        assert state() == before
         heavy = {{"matplotlib", "transformers", "pyarrow", "huggingface_hub", "wandb", "lm_eval"}}
         heavy |= set() if torch.cuda.is_available() else {{"triton"}}
         print(*heavy & set(sys.modules))"""
