@@ -68,7 +68,7 @@ def check_start(model_config, config, start):
     if not resume and not config.overwrite and path.exists():
         raise ValueError(f"{path} exists: --init_from=resume goes on, --overwrite starts anew, "
                          "--out_dir=... goes elsewhere")
-    there = start["model_config"] if resume else here
+    there = asdict(type(model_config)(**start["model_config"])) if resume else here
     other = [f"{k} is {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
     if other:
         raise ValueError(f"{path} holds another model: {'; '.join(other)}")
