@@ -36,6 +36,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     if top_p is not None:  # the fewest tokens whose probabilities reach top_p, at least one
         ordered, order = logits.softmax(-1).sort(descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # (B, V), in the order of probability
+        outside[:, 0] = False  # a top_p below float32's smallest number leaves one, too
         outside = torch.zeros_like(outside).scatter(1, order, outside)  # in the order of ids
         logits = logits.masked_fill(outside, -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -49,6 +49,8 @@ def load_meta(folder):
 
 def read_json(path):
     """-> dict; a ValueError if the file holds anything else."""
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError("not a file")
     try:
         value = json.loads(path.read_bytes())
     except RecursionError:
@@ -130,7 +132,8 @@ def check_ours(folder, markers=(LOCK,)):
         listed = set(load_meta(folder)["shards"])
     except (OSError, ValueError, KeyError):  # in the making, or damaged
         listed = {name for name in names if re.fullmatch(r"(\w+_)?(train|val)_\d{6}\.bin", name)}
-    foreign = names - listed - {LOCK, "meta.json", "state.json", RANKS, "raw"}
+    known = {LOCK, "meta.json", "state.json", RANKS}
+    foreign = names - listed - (known | {"raw"} if "meta.json" not in names else known)
     if foreign or links or (names and names.isdisjoint(markers)):
         raise ValueError(f"{folder} is there and is not ours: name another --out_dir")
 
