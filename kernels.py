@@ -6,10 +6,9 @@ The expert FFNs, fast: the Triton kernels, and the dispatcher that picks them or
     topn_mask    the n largest entries of a row keep their raw value, the others are 0
 
 New to Triton? Read `up_kernel`, line by line: one program of it computes one tile of the output.
-The other kernels repeat its steps. STEPS lists, for each step, Triton's function and torch's.
-Backends: `triton`; `grouped`, torch (support/cpu.py); `loop`, the oracle (moe.py); `auto` picks by
-device. `python kernels.py` checks both layers on this machine; TRITON_INTERPRET=1 runs the kernels
-in numpy, on CPU tensors.
+The other kernels repeat its steps; those of the masks are in support/mask_kernels.py.
+Backends: `triton`; `grouped`, torch (support/cpu.py); `loop`, the oracle (moe.py); `auto`, by
+device. `python kernels.py` checks both layers here; TRITON_INTERPRET=1 runs the kernels in numpy.
 
 Letters: T tokens, D model width, F hidden width of an expert, E experts, K choices (or samples) a
 token, N = T*K rows; W rows of w_in per expert: F for gelu, 2F = [gate; up] for swiglu.
@@ -17,7 +16,6 @@ token, N = T*K rows; W rows of w_in per expert: F for gelu, 2F = [gate; up] for 
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections import namedtuple
@@ -28,49 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import cpu, ops
+from support import cpu, mask_kernels, ops
+from support.mask_kernels import INTERPRETED, act_backward_tile, act_tile, jit, tl, triton, tuned
 from support.ops import activate, kept, sort_by_expert, undo_order
 
 BACKENDS = ("auto", "loop", "grouped", "triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-triton = None  # imported only where it is of use; TRITON_INTERPRET=0 imports it without a GPU
-if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        pass
-
-jit = triton.jit if triton else lambda f: f  # without Triton the kernels below are never called
-
-
-def tuned(hopper, ampere, single, key):
-    """
-    Autotune over (BLOCK_N, BLOCK_K, warps, stages): for 2-byte inputs on sm_90 to sm_110; on other
-    GPUs, some of which have 100 KB of shared memory; for 4-byte inputs. The first is the favourite.
-    None spills registers: tests/test_compile.py.
-    """
-    def for_this_machine(configs, arguments, **_):
-        wanted = hopper if 90 <= gpu_architecture() < 120 else ampere
-        if next(iter(arguments.values())).element_size() == 4:
-            wanted = single
-        return [configs[tiles.index(t)] for t in wanted]
-
-    if not triton:
-        return lambda f: f
-    if INTERPRETED:
-        hopper = ampere = single = [(32, 32, 4, 1)]
-    tiles = sorted({*hopper, *ampere, *single})
-    configs = [triton.Config({"BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=w, num_stages=s)
-               for n, k, w, s in tiles]
-    prune = {"early_config_prune": for_this_machine}
-    return triton.autotune(configs, key, prune_configs_by=prune, cache_results=True)
-
-
-def gpu_architecture():
-    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
-
 
 # ------------------------------------------------------------------------------------------------
 # 1. Grouped expert FFN
@@ -85,11 +45,10 @@ def gpu_architecture():
 
 
 @jit
-def tile_of_program(n_tiles, n_blocks, GROUP: tl.constexpr):
-    """Program id -> (row tile, column block). GROUP row tiles go over the column blocks together:
-    weights are met in L2."""
+def tile_of_program(n_tiles, n_blocks):
+    """Program id -> (row tile, column block). 8 row tiles at a time find the weights in L2."""
     pid = tl.program_id(0)
-    return tl.swizzle2d(pid // n_blocks, pid % n_blocks, n_tiles, n_blocks, GROUP)
+    return tl.swizzle2d(pid // n_blocks, pid % n_blocks, n_tiles, n_blocks, 8)
 
 
 @jit
@@ -100,25 +59,6 @@ def load_tile(pointers, rows_ok, cols_ok, EVEN: tl.constexpr):
     return tl.load(pointers, mask=rows_ok & cols_ok, other=0.0)
 
 
-@jit
-def activate_tile(h, up, SWIGLU: tl.constexpr):
-    """fp32 tiles: silu(h) * up, or the tanh form of gelu(h), by tanh(u) = 2 sigmoid(2u) - 1."""
-    if SWIGLU:
-        return h * tl.sigmoid(h) * up
-    return h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-
-
-@jit
-def activate_backward_tile(h, up, grad, SWIGLU: tl.constexpr):
-    """The activation again, and the gradients of h and up from the gradient of the activation."""
-    if SWIGLU:
-        s = tl.sigmoid(h)
-        return h * s * up, grad * up * s * (1 + h * (1 - s)), grad * h * s
-    s = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-    slope = s + h * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * h * h)
-    return h * s, grad * slope, grad
-
-
 @tuned([(128, 64, 8, 3), (64, 64, 8, 4)], [(64, 64, 8, 3), (64, 64, 8, 4)], [(64, 32, 8, 3)],
        key=["D", "F", "BLOCK_M"])
 @jit
@@ -127,12 +67,11 @@ def up_kernel(
     token, tile_expert, tile_row, ends, n_tiles,  # row -> token; tile -> expert, first row; (E,)
     D: tl.constexpr, F: tl.constexpr, SWIGLU: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """One program: BLOCK_M rows of one expert x BLOCK_N of its neurons."""
     # 1. Which tile, whose rows? The table has room for the worst case; tiles beyond the last one
     #    carry expert -1.
-    tile, block = tile_of_program(n_tiles, tl.cdiv(F, BLOCK_N), GROUP)
+    tile, block = tile_of_program(n_tiles, tl.cdiv(F, BLOCK_N))
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert < 0:
         return
@@ -166,7 +105,7 @@ def up_kernel(
     # 4. Activate and store. The pre-activations are kept for the backward pass only.
     ok = row_ok[:, None] & (col[None, :] < F)
     narrow, wide = line[:, None] * F + col[None, :], line[:, None] * width + col[None, :]
-    act = activate_tile(h, up, SWIGLU).to(act_out.dtype.element_ty)
+    act = act_tile(h, up, SWIGLU).to(act_out.dtype.element_ty)
     tl.store(act_out + first * F + narrow, act, mask=ok)
     if SAVE:
         h_ptr = h_out + first * width + wide
@@ -177,17 +116,18 @@ def up_kernel(
 
 @jit
 def product(
-    a_ptr, b_ptr, row_ok, col_ok, IN: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    a_ptr, b_ptr, row_ok, col, IN: tl.constexpr, OUT: tl.constexpr, STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Step 3 of up_kernel, for one product: the (BLOCK_M, BLOCK_N) tile of a @ b, in fp32, from the
     pointers of the first tiles; b's rows lie STRIDE apart."""
     k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((a_ptr.shape[0], b_ptr.shape[1]), tl.float32)
+    even: tl.constexpr = IN % BLOCK_K == 0 and OUT % BLOCK_N == 0
+    acc = tl.zeros((a_ptr.shape[0], BLOCK_N), tl.float32)
     for start in range(0, IN, BLOCK_K):
         k_ok = k < IN - start
         a = load_tile(a_ptr, row_ok[:, None], k_ok[None, :], IN % BLOCK_K == 0)
-        b = load_tile(b_ptr, k_ok[:, None], col_ok[None, :], EVEN)
+        b = load_tile(b_ptr, k_ok[:, None], col[None, :] < OUT, even)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         a_ptr += BLOCK_K
         b_ptr += BLOCK_K * STRIDE
@@ -201,11 +141,11 @@ def down_kernel(
     a, w, out, gate,                              # (N, IN), a matrix per expert, (N, OUT), (N,)
     slot, tile_expert, tile_row, ends, n_tiles,   # row -> place in (T, K) order; the tile table
     IN: tl.constexpr, OUT: tl.constexpr, STRIDE_IN: tl.constexpr, STRIDE_OUT: tl.constexpr,
-    GATED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """out[slot[n]] = gate[slot[n]] * sum_i a[n, i] w[e, i, :]; strides say which way round w is."""
-    tile, block = tile_of_program(n_tiles, tl.cdiv(OUT, BLOCK_N), GROUP)
+    tile, block = tile_of_program(n_tiles, tl.cdiv(OUT, BLOCK_N))
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert < 0:
         return
@@ -216,8 +156,7 @@ def down_kernel(
     col = block * BLOCK_N + tl.arange(0, BLOCK_N)
     a_ptr = a + first * IN + (tl.where(row_ok, line, 0)[:, None] * IN + k[None, :])
     b_ptr = w + expert * IN * OUT + (col[None, :] * STRIDE_OUT + k[:, None] * STRIDE_IN)
-    even: tl.constexpr = IN % BLOCK_K == 0 and OUT % BLOCK_N == 0
-    acc = product(a_ptr, b_ptr, row_ok, col < OUT, IN, STRIDE_IN, even, PRECISION, BLOCK_K)
+    acc = product(a_ptr, b_ptr, row_ok, col, IN, OUT, STRIDE_IN, PRECISION, BLOCK_N, BLOCK_K)
     # The scatter: every slot is written once.
     target = tl.load(slot + first + line, mask=row_ok, other=0).to(tl.int64)
     if GATED:
@@ -242,11 +181,10 @@ def act_backward_kernel(
     token, slot, tile_expert, tile_row, ends, n_tiles, n_rows,
     D: tl.constexpr, F: tl.constexpr, SWIGLU: tl.constexpr, HAS_DACT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """With g = w_out[e]^T dy[token]: dgate = <g, act>, dh = act'(h) (gate * g + dact), and
     gate * act for w_out's gradient."""
-    tile, block = tile_of_program(n_tiles, tl.cdiv(F, BLOCK_N), GROUP)
+    tile, block = tile_of_program(n_tiles, tl.cdiv(F, BLOCK_N))
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert < 0:
         return
@@ -258,8 +196,7 @@ def act_backward_kernel(
     col = block * BLOCK_N + tl.arange(0, BLOCK_N)
     a_ptr = dy + (source[:, None] * D + k[None, :])
     b_ptr = w_out + expert * D * F + (k[:, None] * F + col[None, :])
-    even: tl.constexpr = D % BLOCK_K == 0 and F % BLOCK_N == 0
-    acc = product(a_ptr, b_ptr, row_ok, col < F, D, F, even, PRECISION, BLOCK_K)
+    acc = product(a_ptr, b_ptr, row_ok, col, D, F, F, PRECISION, BLOCK_N, BLOCK_K)
     # The rest goes a quarter of the columns at a time: all at once would spill registers.
     width: tl.constexpr = 2 * F if SWIGLU else F
     QUARTER: tl.constexpr = BLOCK_N // 4
@@ -279,7 +216,7 @@ def act_backward_kernel(
         grad = g * gate_row
         if HAS_DACT:
             grad += tl.load(dact + narrow, mask=ok, other=0.0).to(tl.float32)
-        act, d_h, d_up = activate_backward_tile(h, up, grad, SWIGLU)
+        act, d_h, d_up = act_backward_tile(h, up, grad, SWIGLU)
         dot += tl.sum(g * act, 1)
         tl.store(gated_act + narrow, (act * gate_row).to(gated_act.dtype.element_ty), mask=ok)
         tl.store(dh + wide, d_h.to(dh.dtype.element_ty), mask=ok)
@@ -296,11 +233,10 @@ def weight_grad_kernel(
     grad, a, dw, token, ends,             # (., OUT), (., IN), (E, OUT, IN), row -> token (N,), (E,)
     OUT: tl.constexpr, IN: tl.constexpr, GATHER_GRAD: tl.constexpr, GATHER_A: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """dw[e] = sum over the rows n of expert e of grad[n]^T a[n]; one is gathered by token."""
     expert = tl.program_id(1)
-    o_block, i_block = tile_of_program(tl.cdiv(OUT, BLOCK_M), tl.cdiv(IN, BLOCK_N), GROUP)
+    o_block, i_block = tile_of_program(tl.cdiv(OUT, BLOCK_M), tl.cdiv(IN, BLOCK_N))
     begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
     o = o_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -339,8 +275,12 @@ def cut_into_tiles(order, ends, top_k, itemsize):
     e = expert.clamp(max=n_experts - 1)
     row = (ends - counts)[e] + (tile - (tile_ends - tiles)[e]) * block_m
     expert = torch.where(expert < n_experts, expert, -1)
-    token, slot = (order // top_k).int(), order.int()
-    return Tiles(block_m, expert.int(), row.int(), ends, n_tiles, token, slot)
+    token = order // top_k
+    return Tiles(block_m, expert.int(), row.int(), ends, n_tiles, token.int(), order.int())
+
+
+def grid(tiles, columns):
+    return lambda meta: (tiles.n_tiles * triton.cdiv(columns, meta["BLOCK_N"]),)
 
 
 def precision():
@@ -348,16 +288,16 @@ def precision():
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def launch_down(a, w, gate, tiles, transposed):
-    """a (N, IN), w (E, OUT, IN) or, transposed, (E, IN, OUT) -> (N, OUT) in (T, K) order, times
-    gate if there is one."""
+def launch_down(a, w, gate, tiles, top_k, transposed):
+    """a (N, IN), w (E, OUT, IN) or, transposed, (E, IN, OUT) -> (T, OUT): the products, times gate
+    if there is one, summed over a token's choices in a fixed order, unlike atomic adds."""
     (n, width), d = a.shape, w.shape[2] if transposed else w.shape[1]
     out = a.new_empty(n, d)
-    down_kernel[lambda meta: (tiles.n_tiles * triton.cdiv(d, meta["BLOCK_N"]),)](
+    down_kernel[grid(tiles, d)](
         a, w, out, out if gate is None else gate, tiles.slot, *tiles[1:5],
         IN=width, OUT=d, STRIDE_IN=d if transposed else 1, STRIDE_OUT=1 if transposed else width,
         GATED=gate is not None, PRECISION=precision(), BLOCK_M=tiles.block_m)
-    return out
+    return out if top_k == 1 else out.view(-1, top_k, d).sum(1)
 
 
 def launch_weight_grad(grad, a, w, tiles, gather_grad):
@@ -370,220 +310,43 @@ def launch_weight_grad(grad, a, w, tiles, gather_grad):
     return dw
 
 
-def sum_choices(out, top_k):
-    """out (N, D), one row per choice -> (T, D). A sum in a fixed order, unlike atomic adds."""
-    return out if top_k == 1 else out.view(-1, top_k, out.shape[1]).sum(1)
-
-
-def experts_forward(x, weights, order, ends, w_in, w_out, activation, save, keep):
-    n, k, d, f = order.numel(), weights.shape[1], x.shape[1], w_out.shape[2]
+def experts_forward(x, weights, w_in, w_out, order, ends, activation, save, keep):
+    n, k, (_, d, f) = order.numel(), weights.shape[1], w_out.shape
     tiles = cut_into_tiles(order, ends, k, x.element_size())
     act, h = x.new_empty(n, f), x.new_empty(n if save else 0, w_in.shape[1])
-    up_kernel[lambda meta: (tiles.n_tiles * triton.cdiv(f, meta["BLOCK_N"]),)](
+    up_kernel[grid(tiles, f)](
         x, w_in, h, act, tiles.token, *tiles[1:5], D=d, F=f, SWIGLU=activation == "swiglu",
         SAVE=save, PRECISION=precision(), BLOCK_M=tiles.block_m)
-    y = sum_choices(launch_down(act, w_out, weights, tiles, transposed=False), k)
+    y = launch_down(act, w_out, weights, tiles, k, transposed=False)
     return y, h, undo_order(act, order) if keep else act.new_empty(0, f)
 
 
-def experts_backward(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation):
+def experts_backward(dy, d_acts, x, weights, w_in, w_out, order, ends, h, activation):
     n, k, d, f = order.numel(), weights.shape[1], x.shape[1], w_out.shape[2]
     tiles = cut_into_tiles(order, ends, k, x.element_size())
     dh, gated_act = torch.empty_like(h), x.new_empty(n, f)
     d_acts = None if d_acts is None else d_acts.index_select(0, order)  # now in expert order
     d_gate = x.new_zeros(triton.cdiv(f, 32), n, dtype=torch.float32)  # no column block is narrower
-    act_backward_kernel[lambda meta: (tiles.n_tiles * triton.cdiv(f, meta["BLOCK_N"]),)](
+    act_backward_kernel[grid(tiles, f)](
         dy, w_out, h, dh, gated_act, d_gate, weights, h if d_acts is None else d_acts,
         tiles.token, tiles.slot, *tiles[1:5], n, D=d, F=f, SWIGLU=activation == "swiglu",
         HAS_DACT=d_acts is not None, PRECISION=precision(), BLOCK_M=tiles.block_m)
     dw_out = launch_weight_grad(dy, gated_act, w_out, tiles, gather_grad=True)
     del gated_act
     dw_in = launch_weight_grad(dh, x, w_in, tiles, gather_grad=False)
-    dx = sum_choices(launch_down(dh, w_in, None, tiles, transposed=True), k)
+    dx = launch_down(dh, w_in, None, tiles, k, transposed=True)
     d_weights = undo_order(d_gate.sum(0).to(weights.dtype), order).view_as(weights)
     return dx, d_weights, dw_in, dw_out
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Masked FFN. A mask is two numbers a row, value and cut of support.ops.kept: it is recomputed.
-
-
-@jit
-def row_threshold(s, column, n_keep, F: tl.constexpr, LOW: tl.constexpr):
-    """
-    s: one row of scores in registers, fp32 -> value and cut of its n_keep largest entries.
-
-    The bits of an fp32 number, read as an integer (negative ones mirrored), are ordered like the
-    numbers. So the n-th largest is found by bisection over bits: set a bit, count the row, keep the
-    bit if enough entries are as large. The last LOW bits, empty in 16-bit scores, are skipped.
-    """
-    key = tl.where(s == 0, 0.0, s).to(tl.int32, bitcast=True)  # -0.0 is 0.0
-    key = (key ^ ((key >> 31) & 0x7FFFFFFF)) >> LOW
-    lowest: tl.constexpr = -(1 << (31 - LOW))
-    level = tl.where(tl.sum((key >= 0).to(tl.int32)) >= n_keep, 0, lowest)
-    for bit in range(31 - LOW):
-        higher = level + (1 << (30 - LOW - bit))
-        level = tl.where(tl.sum((key >= higher).to(tl.int32)) >= n_keep, higher, level)
-    tie = key == level
-    wanted = n_keep - tl.sum((key > level).to(tl.int32))
-    cut = tl.full((), F, tl.int32)
-    if tl.sum(tie.to(tl.int32)) > wanted:  # more share the value than may be kept: the first are
-        cut = tl.max(tl.where(tie & (tl.cumsum(tie.to(tl.int32)) <= wanted), column, -1))
-    return tl.max(tl.where(tie, s, float("-inf"))), cut
-
-
-@jit
-def load_hidden(h, t, column, F: tl.constexpr, SWIGLU: tl.constexpr):
-    """Row t of h (T, W), in fp32: gate and up for swiglu, h twice for gelu."""
-    row = h + t * (2 * F if SWIGLU else F) + column
-    gate = tl.load(row, mask=column < F, other=0.0).to(tl.float32)
-    up = tl.load(row + F, mask=column < F, other=0.0).to(tl.float32) if SWIGLU else gate
-    return gate, up
-
-
-@jit
-def mask_kernel(
-    scores, h, out, value_out, cut_out, n_keep, K,   # (T, K, F), (T, W), (T, F), (T, K), (T, K)
-    F: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """
-    out[t] = act(h[t]) * 1/K sum_k topn(scores[t, k]): all in one pass over a row. ACTIVATION "none"
-    leaves out act(h), "thresholds" leaves out the output.
-    """
-    t = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < F
-    mask = tl.zeros((BLOCK,), tl.float32)
-    for k in range(K):
-        row = scores + (t * K + k) * F + column
-        s = tl.load(row, mask=inside, other=float("-inf")).to(tl.float32)
-        value, cut = row_threshold(s, column, n_keep, F, LOW)
-        mask += tl.where(inside & ((s > value) | ((s == value) & (column <= cut))), s, 0.0)
-        tl.store(value_out + t * K + k, value)
-        tl.store(cut_out + t * K + k, cut)
-    mask /= K
-    if ACTIVATION == "gelu" or ACTIVATION == "swiglu":
-        gate, up = load_hidden(h, t, column, F, ACTIVATION == "swiglu")
-        mask *= activate_tile(gate, up, ACTIVATION == "swiglu")
-    if ACTIVATION != "thresholds":
-        tl.store(out + t * F + column, mask.to(out.dtype.element_ty), mask=inside)
-
-
-@jit
-def mask_backward_kernel(
-    du, h, scores, value, cut, u, dh, K,  # (T, F), (T, W), (T, K, F), (T, K) twice; (T, F), (T, W)
-    F: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """The forward's u again, dh and, written over the scores, their gradient: du * act(h) / K where
-    an entry was kept."""
-    t = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < F
-    mask = tl.zeros((BLOCK,), tl.float32)
-    for k in range(K):
-        place = scores + (t * K + k) * F + column
-        s = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        v, c = tl.load(value + t * K + k), tl.load(cut + t * K + k)
-        mask += tl.where((s > v) | ((s == v) & (column <= c)), s, 0.0)
-    mask /= K
-    gate, up = load_hidden(h, t, column, F, SWIGLU)
-    g = tl.load(du + t * F + column, mask=inside, other=0.0).to(tl.float32)
-    act, d_gate, d_up = activate_backward_tile(gate, up, g * mask, SWIGLU)
-    tl.store(u + t * F + column, (act * mask).to(u.dtype.element_ty), mask=inside)
-    place = dh + t * (2 * F if SWIGLU else F) + column
-    tl.store(place, d_gate.to(dh.dtype.element_ty), mask=inside)
-    if SWIGLU:
-        tl.store(place + F, d_up.to(dh.dtype.element_ty), mask=inside)
-    for k in range(K):
-        place = scores + (t * K + k) * F + column
-        s = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        v, c = tl.load(value + t * K + k), tl.load(cut + t * K + k)
-        d = tl.where((s > v) | ((s == v) & (column <= c)), g * act / K, 0.0)
-        tl.store(place, d.to(scores.dtype.element_ty), mask=inside)
-
-
-def launch_masks(scores, h, out, n_keep, activation):
-    """scores (T, K, F), h (T, W) or None, out (T, F) or None -> value (T, K) fp32, cut (T, K)
-    int32; fills out."""
-    t, k, f = scores.shape
-    value = scores.new_empty(t, k, dtype=torch.float32)
-    cut = scores.new_empty(t, k, dtype=torch.int32)
-    low = {torch.bfloat16: 16, torch.float16: 13}.get(scores.dtype, 0)
-    block = triton.next_power_of_2(f)
-    h, out = value if h is None else h, value if out is None else out
-    mask_kernel[(t,)](
-        scores, h, out, value, cut, n_keep, k, F=f, ACTIVATION=activation, LOW=low, BLOCK=block,
-        num_warps=min(32, max(4, block // 1024)))
-    return value, cut
-
-
-def thresholds(scores, n_keep):
-    value, cut = launch_masks(scores.unsqueeze(1), None, None, n_keep, "thresholds")
-    return value.squeeze(1).to(scores.dtype), cut.squeeze(1)
-
-
-def masks(h, z, w_z, n_keep, activation):
-    u = h.new_empty(h.shape[0], w_z.shape[0])
-    return u, *launch_masks(F.linear(z, w_z), h, u, n_keep, activation)
-
-
-def masks_backward(du, h, z, w_z, value, cut, activation):
-    (t, k, dz), f = z.shape, w_z.shape[0]
-    scores, u, dh = F.linear(z, w_z), torch.empty_like(du), torch.empty_like(h)
-    block = min(1024, triton.next_power_of_2(f))
-    mask_backward_kernel[(t, triton.cdiv(f, block))](
-        du, h, scores, value, cut, u, dh, k, F=f, SWIGLU=activation == "swiglu", BLOCK=block)
-    d_scores = scores.view(t * k, f)  # the kernel wrote it there
-    return u, dh, (d_scores @ w_z).view_as(z), d_scores.T @ z.view(t * k, dz)
-
-
-@jit
-def decode_kernel(
-    x, mask, w_in, w_out_t, partial,      # (T, D), (T, F), (W, D), (F, D), (T, blocks, D)
-    D: tl.constexpr, F: tl.constexpr, SWIGLU: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):
-    """One token, BLOCK neurons: what they add to y. Rows of neurons that the mask leaves out are
-    never read."""
-    t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    neuron = block * BLOCK + tl.arange(0, BLOCK)
-    m = tl.load(mask + t * F + neuron, mask=neuron < F, other=0.0)
-    d = tl.arange(0, BLOCK_D)
-    inside = (m != 0)[:, None] & (d < D)[None, :]
-    place = neuron[:, None] * D + d[None, :]
-    x_row = tl.load(x + t * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    w = tl.load(w_in + place, mask=inside, other=0.0).to(tl.float32)  # (BLOCK, BLOCK_D)
-    h = tl.sum(w * x_row, 1)  # (BLOCK,)
-    if SWIGLU:
-        w = tl.load(w_in + F * D + place, mask=inside, other=0.0).to(tl.float32)
-    u = activate_tile(h, tl.sum(w * x_row, 1), SWIGLU) * m
-    out = tl.load(w_out_t + place, mask=inside, other=0.0).to(tl.float32)  # (BLOCK, BLOCK_D)
-    y_ptr = partial + (t * tl.num_programs(1) + block) * D + d
-    tl.store(y_ptr, tl.sum(out * u[:, None], 0), mask=d < D)
-
-
-def decode(x, scores, w_in, w_out_t, n_keep, activation):
-    (t, _, f), d = scores.shape, x.shape[1]
-    mask, blocks = x.new_empty(t, f, dtype=torch.float32), triton.cdiv(f, 8)
-    launch_masks(scores, None, mask, n_keep, "none")
-    partial = x.new_empty(t, blocks, d, dtype=torch.float32)
-    decode_kernel[(t, blocks)](
-        x, mask, w_in, w_out_t, partial, D=d, F=f, SWIGLU=activation == "swiglu", BLOCK=8,
-        BLOCK_D=triton.next_power_of_2(d), num_warps=8)
-    return (partial.sum(1).to(x.dtype),)
-
-
-# ------------------------------------------------------------------------------------------------
-# 3. The dispatcher
+# 2. The dispatcher
 
 STEPS = {  # step: (Triton's function, torch's), with the same arguments and results
     "experts_forward": (experts_forward, cpu.experts_forward),
     "experts_backward": (experts_backward, cpu.experts_backward),
-    "masks": (masks, cpu.masks),
-    "masks_backward": (masks_backward, cpu.masks_backward),
-    "thresholds": (thresholds, cpu.thresholds),
-    "decode": (decode, cpu.decode),
-}
+} | {name: (getattr(mask_kernels, name), getattr(cpu, name))
+     for name in ("masks", "masks_backward", "thresholds", "decode")}
 
 
 def choose_backend(x: Tensor) -> tuple[str, str]:
@@ -600,22 +363,20 @@ def choose_backend(x: Tensor) -> tuple[str, str]:
 def dispatch(step, backend, *arguments):
     """A step of STEPS: Triton's for "triton", torch's for "grouped"; "auto" takes Triton's where
     there is a GPU and its first result at this shape is torch's."""
-    in_triton, in_torch = STEPS[step]
     if backend == "auto":
         backend = choose_backend(arguments[0])[0]
         if backend == "triton" and not trusted(step, arguments):
             backend = "grouped"
-    return in_triton(*arguments) if backend == "triton" else in_torch(*arguments)
+    return STEPS[step][backend != "triton"](*arguments)
 
 
 _trusted = {}  # (step, device, dtype, shapes) -> whether the kernel's first result was torch's
 
 
 def trusted(step, arguments):
-    """Whether the kernel agreed with torch when it met this shape first; a later call costs one
-    look-up. If it did not, or failed, say so once."""
-    x, tensors = arguments[0], [a for a in arguments if isinstance(a, Tensor)]
-    key = (step, x.device, x.dtype, *(tuple(a.shape[1:]) for a in tensors))
+    """Whether the kernel agreed with torch when it met this shape first. If not, say so once."""
+    x, shapes = arguments[0], [tuple(a.shape[1:]) for a in arguments if isinstance(a, Tensor)]
+    key = (step, x.device, x.dtype, *shapes)
     if key not in _trusted:
         in_triton, in_torch = STEPS[step]
         expected, problem = in_torch(*arguments), None
@@ -623,36 +384,33 @@ def trusted(step, arguments):
             error = max(map(distance, in_triton(*arguments), expected))
             if not error < (0.03 if x.element_size() == 2 else 3e-3):
                 problem = f"is off by {error:.1e}"
-        except torch.OutOfMemoryError:
-            raise
         except Exception as failure:  # of the compiler or the launch: torch can do without
+            if isinstance(failure, torch.OutOfMemoryError):
+                raise
             reason = str(failure).strip().partition("\n")[0]
             problem = f"fails ({type(failure).__name__}: {reason})"
-        _trusted[key] = problem is None
         if problem:
             where = f"in {x.dtype} on {x.device}"
             warnings.warn(f"the kernel for {step} {problem} {where}: not used", stacklevel=2)
+        _trusted[key] = problem is None
     return _trusted[key]
 
 
 def distance(a, b):
-    """|a - b| / |b|, summed in float64 without copies (a pool's gradient fills gigabytes); a NaN is
-    infinitely far."""
-    a, b = (v if v.is_floating_point() else v.double() for v in (a, b))
-    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
-    return (norm(a - b) / norm(b).clamp_min(1e-30)).nan_to_num(float("inf")).item()
+    """|a - b| / |b|, summed in float64; a NaN is infinitely far."""
+    far, size = (torch.linalg.vector_norm(v.float(), dtype=torch.float64) for v in (a - b, b))
+    return (far / size.clamp_min(1e-30)).nan_to_num(float("inf")).item()
 
 
-experts_op = ops.make_experts(
-    partial(dispatch, "experts_forward"), partial(dispatch, "experts_backward"))
-masked_op = ops.make_masked(
-    partial(dispatch, "masks"), partial(dispatch, "masks_backward"), cpu.linear)
-thresholds_op = ops.make_thresholds(partial(dispatch, "thresholds"))
-decode_op = ops.make_decode(partial(dispatch, "decode"), cpu.transposed)
+step = {name: partial(dispatch, name) for name in STEPS}
+experts_op = ops.make_experts(step["experts_forward"], step["experts_backward"])
+masked_op = ops.make_masked(step["masks"], step["masks_backward"], cpu.linear)
+thresholds_op = ops.make_thresholds(step["thresholds"])
+decode_op = ops.make_decode(step["decode"], cpu.transposed)
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. The functions that layers call
+# 3. The functions that layers call
 
 
 def expert_ffn(
@@ -673,14 +431,10 @@ def expert_ffn(
     if ids.dim() != 2 or ids.shape != weights.shape or ids.shape[0] != t:
         shapes = f"ids {tuple(ids.shape)}, weights {tuple(weights.shape)}"
         raise ValueError(f"{shapes}: expected ({t}, K) both, T = {t} as in x")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
-    order, ends = sort_by_expert(ids, e)
-    save = needs_gradient(x, weights, w_in, w_out)
-    x, weights = x.contiguous(), weights.contiguous()
+    x, w_in, w_out = (a.to(working_dtype(x)) for a in (x, w_in, w_out))
     y, _, acts = experts_op(
-        x, weights, order, ends, w_in, w_out, activation, backend, save, keep_activations)
+        backend, x.contiguous(), weights.contiguous(), w_in, w_out, *sort_by_expert(ids, e),
+        activation, needs_gradient(x, weights, w_in, w_out), keep_activations)
     return y, acts.view(*ids.shape, f) if keep_activations else None
 
 
@@ -698,27 +452,23 @@ def masked_ffn(
     read only the active rows and columns of the weights. Under autocast it computes in autocast's
     dtype (scores stay fp32 on a CPU). Raises ValueError where arguments do not fit.
     """
-    (t, k, dz), (f, _), d = z.shape, w_z.shape, w_out.shape[0]
-    w_in_shape = (2 * f if activation == "swiglu" else f, d)
-    check(activation, backend, x, (t, d),
-          w_in=(w_in, w_in_shape), w_out=(w_out, (d, f)), w_z=(w_z, (f, dz)))
+    (t, k, dz), (f, _), (d, _) = z.shape, w_z.shape, w_out.shape
+    check(activation, backend, x, (t, d), w_out=(w_out, (d, f)), w_z=(w_z, (f, dz)),
+          w_in=(w_in, (2 * f if activation == "swiglu" else f, d)))
     if n_keep is not None and not 1 <= n_keep <= f:
         raise ValueError(f"n_keep {n_keep}: expected 1 to {f} (rows of w_z), or None to keep all")
-    device, x = x.device.type, x.contiguous()
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    score_dtype = dtype
-    if n_keep and not x.is_cuda:
-        score_dtype = torch.promote_types(dtype, torch.float32)
-    x, z, w_z = x.to(dtype), z.to(score_dtype).contiguous(), w_z.to(score_dtype)
+    dtype = working_dtype(x)
+    score_dtype = dtype if x.is_cuda or not n_keep else torch.promote_types(dtype, torch.float32)
+    x, z, w_z = x.contiguous().to(dtype), z.to(score_dtype).contiguous(), w_z.to(score_dtype)
     save = needs_gradient(x, z, w_in, w_out, w_z)
     if n_keep and not save and 1 <= t <= 8:
         idle = (1 - n_keep / f) ** (k if x.is_cuda else t * k)  # the share of weights not read
         if idle > 0.4:
-            return decode_op(x, z, w_in, w_out, w_z, n_keep, activation, backend)
+            return decode_op(backend, x, z, w_in, w_out, w_z, n_keep, activation)
     w_in, w_out = w_in.to(dtype), w_out.to(dtype)
     if n_keep is None:  # then the mask is linear in z
         return F.linear(activate(F.linear(x, w_in), activation) * F.linear(z.mean(1), w_z), w_out)
-    return masked_op(x, z, w_in, w_out, w_z, n_keep, activation, backend, save)[0]
+    return masked_op(backend, x, z, w_in, w_out, w_z, n_keep, activation, save)[0]
 
 
 def topn_mask(scores: Tensor, n_keep: int, backend: str = "auto") -> Tensor:
@@ -731,7 +481,7 @@ def topn_mask(scores: Tensor, n_keep: int, backend: str = "auto") -> Tensor:
     if not 1 <= n_keep <= width:
         raise ValueError(f"n_keep {n_keep}: expected 1 to {width}, the last dimension of scores")
     rows = scores.reshape(-1, width)
-    value, cut = thresholds_op(rows.detach().contiguous(), n_keep, backend)
+    value, cut = thresholds_op(backend, rows.detach().contiguous(), n_keep)
     return torch.where(kept(rows, value, cut), rows, 0).view(scores.shape)
 
 
@@ -739,62 +489,51 @@ def needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(a.requires_grad for a in tensors)
 
 
+def working_dtype(x):
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def check(activation, backend, x, shape, **parameters):
-    """ValueError unless x and every (tensor, shape) of parameters fit together, and the backend can
-    work on them."""
+    """ValueError unless x and every (tensor, shape) fit together, and the backend can use them."""
     if activation not in ("gelu", "swiglu"):
         raise ValueError(f"activation {activation!r}: expected gelu or swiglu")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     if backend == "loop":
         raise ValueError('backend "loop": call moe.expert_ffn_loop or moe.masked_ffn_loop')
+    if backend == "triton" and not INTERPRETED and choose_backend(x)[0] != "triton":
+        raise ValueError(f'backend "triton" on {x.device}: {choose_backend(x)[1]}; use "auto"')
     if tuple(x.shape) != shape:
         raise ValueError(f"x {tuple(x.shape)}: expected {shape}, by w_out")
     any_dtype = torch.is_autocast_enabled(x.device.type)
     for name, (w, expected) in parameters.items():
         if tuple(w.shape) != expected:
-            found = f"{name} {tuple(w.shape)}"
-            raise ValueError(f"{found}: expected {expected} for {activation}, by the other weights")
-        same_dtype = any_dtype or w.dtype == x.dtype or name == "w_z"
-        if w.device != x.device or not same_dtype:
-            found = f"{name} is {w.dtype} on {w.device}, x {x.dtype} on {x.device}"
-            raise ValueError(f"{found}: expected the same (or autocast)")
+            raise ValueError(f"{name} {tuple(w.shape)}: expected {expected} for {activation}")
+        if w.device != x.device or not (any_dtype or w.dtype == x.dtype or name == "w_z"):
+            both = f"{name} is {w.dtype} on {w.device}, x {x.dtype} on {x.device}"
+            raise ValueError(f"{both}: expected the same (or autocast)")
         if w.dim() == 3 and not w.is_contiguous():
             raise ValueError(f"{name} has strides {w.stride()}: expected contiguous weights")
-    if backend == "triton" and not (x.is_cuda or INTERPRETED):
-        raise ValueError(f'backend "triton": x is on {x.device}, not on a GPU; use backend "auto"')
-    if backend == "triton" and not triton:
-        raise ValueError('backend "triton": pip install triton, or use backend "grouped"')
-    if backend == "triton" and x.dtype == torch.float64:
-        raise ValueError('backend "triton": no float64 in the kernels; use backend "grouped"')
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. python kernels.py: both layers against the tests' loops in float64, on this machine
+# 4. python kernels.py: both layers against the tests' loops in float64, on this machine
 
 
 def main():
     sys.path.insert(0, str(Path(__file__).parent / "tests"))
     sys.modules.setdefault("kernels", sys.modules[__name__])  # what the tests import is this file
-    from kernel_helpers import EXPERT_CASES, MASK_CASES, compare_experts, compare_masked
+    from kernel_helpers import compare_all
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "triton" if INTERPRETED else choose_backend(torch.empty(0, device=device))[0]
-    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"backend {backend} on {machine}, the largest error of outputs and gradients")
-    cases = [("expert_ffn", compare_experts, *case) for case in list(EXPERT_CASES.items())[::2]]
-    cases += [("masked_ffn", compare_masked, *case) for case in MASK_CASES.items()]
-    failed = 0
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)):
-        if INTERPRETED and dtype == torch.bfloat16:
-            continue  # the interpreter's bfloat16 arithmetic is wrong
-        for function, compare, name, case in cases:
-            if compare is compare_masked and dtype != torch.float32 and case[-1] == "normal":
-                continue  # rounding would decide which entries are kept
-            error = max(compare(case, backend, dtype, device))
-            failed += not error <= tolerance
-            row = f"{function} {str(dtype)[6:]:8} {error:.1e} <= {tolerance:5}  {name[:48]:48}"
-            print(row, "ok" if error <= tolerance else "DISAGREES", flush=True)
-    raise SystemExit(f"{failed} disagree" if failed else 0)
+    print(f"backend {backend} on {device}: the largest error of outputs and gradients")
+    wrong = 0
+    for name, error, tolerance in compare_all(backend, device):
+        wrong += not error <= tolerance
+        verdict = "ok" if error <= tolerance else "DISAGREES"
+        print(f"{error:.1e} <= {tolerance:.0e}  {name:70} {verdict}", flush=True)
+    raise SystemExit(f"{wrong} disagree" if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,8 @@ from support.ops import activate, activate_backward, kept, undo_order
 
 
 def prepare_process():
-    """
-    For scripts, before their first tensor: huge pages for large CPU tensors, where the system lets
-    programs ask for them. A fresh 200 MB gradient costs 800 page faults instead of 49,000.
-    """
+    """For scripts, before their first tensor: huge pages for large CPU tensors, where programs may
+    ask for them. A fresh 200 MB gradient costs 800 page faults instead of 49,000."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -54,9 +52,9 @@ def fused(f):
         if not worth_compiling(first) or compiled is f:
             return f(first, *others)
         if not _compile["announced"]:
+            _compile["announced"] = True
             print("compiling the experts' elementwise functions for this CPU: up to a minute, once;"
                   " --compile=false does without", file=sys.stderr, flush=True)
-            _compile["announced"] = True
         compiled = compiled or torch.compile(f, dynamic=True)
         try:
             return compiled(first, *others)
@@ -72,7 +70,60 @@ def fused(f):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Matrix products
+# 2. Grouped experts: all in one grouped_mm, or one expert after the other
+
+
+def at_once(x, w_in, w_out, order):
+    """
+    Whether one grouped_mm per weight serves all experts: in bf16 on a GPU, and on a CPU while an
+    expert has at most 2^16 pre-activations (256 KB in fp32). Larger experts go one after the other,
+    so that rows and weights stay in the cache: 1.3 times as fast for F=1024, but 2 to 4 times as
+    slow for F=128 and 32. grouped_mm's rules: no float64, rows of a multiple of 16 bytes.
+    """
+    if x.dtype == torch.float64 or any(n * x.element_size() % 16 for n in w_out.shape[1:]):
+        return False
+    if x.is_cuda:
+        return x.dtype == torch.bfloat16
+    return order.numel() * w_in.shape[1] <= 2**16 * w_in.shape[0]
+
+
+def sum_choices(rows, order, top_k):
+    """rows (N, D) in expert order -> (T, D), in a fixed order, unlike index_add_ on a GPU."""
+    return undo_order(rows, order).view(-1, top_k, rows.shape[1]).sum(1)
+
+
+def experts_forward(x, weights, w_in, w_out, order, ends, activation, save, keep):
+    """The forward step of support.ops.make_experts."""
+    if not at_once(x, w_in, w_out, order):
+        return forward_one_by_one(x, weights, w_in, w_out, order, ends, activation, save, keep)
+    token, gate = order // weights.shape[1], weights.reshape(-1)[order, None]
+    h = F.grouped_mm(x.index_select(0, token), w_in.transpose(1, 2), offs=ends)  # (N, W)
+    act = activate(h, activation)
+    y = F.grouped_mm(act, w_out.transpose(1, 2), offs=ends) * gate.to(x.dtype)  # (N, D)
+    acts = undo_order(act, order) if keep else act.new_empty(0, act.shape[1])
+    return sum_choices(y, order, weights.shape[1]), h if save else h.new_empty(0, h.shape[1]), acts
+
+
+def experts_backward(dy, d_acts, x, weights, w_in, w_out, order, ends, h, activation):
+    """The backward step. A product over no rows writes zeros: idle experts need no care."""
+    if not at_once(x, w_in, w_out, order):
+        return backward_one_by_one(
+            dy, d_acts, x, weights, w_in, w_out, order, ends, h, activation)
+    token, gate = order // weights.shape[1], weights.reshape(-1)[order, None].to(x.dtype)
+    x_e, dy_e = x.index_select(0, token), dy.index_select(0, token)  # (N, D)
+    g = F.grouped_mm(dy_e, w_out, offs=ends)  # (N, F), before the gate
+    d_act = g * gate if d_acts is None else g * gate + d_acts.index_select(0, order)
+    act, dh = activate_backward(h, d_act, activation)
+    d_gate = weights.new_empty(order.numel())
+    d_gate[order] = torch.linalg.vecdot(g, act).to(d_gate.dtype)
+    dw_out = F.grouped_mm(dy_e.mul_(gate).T, act, offs=ends)
+    dw_in = F.grouped_mm(dh.T, x_e, offs=ends)
+    if x.is_cuda:  # some GPUs leave the result of an empty group unwritten (pytorch issue 172439)
+        idle = (ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None]
+        dw_in.masked_fill_(idle, 0)
+        dw_out.masked_fill_(idle, 0)
+    dx = sum_choices(F.grouped_mm(dh, w_in, offs=ends), order, weights.shape[1])
+    return dx, d_gate.view_as(weights), dw_in, dw_out
 
 
 @functools.cache
@@ -93,83 +144,18 @@ def linear(a, w, out=None):
 
 
 def padded(n):
-    """n rounded up: oneDNN compiles a kernel for each shape (4 ms), in bf16 on every CPU, so let
-    there be few. Without this a training step took 3.3 s instead of 1.4 s."""
+    """n rounded up: oneDNN compiles a kernel for each shape (4 ms), so let there be few: a training
+    step in bf16 takes 1.4 s instead of 3.3 s."""
     step = 16 if n <= 512 else 64
     return -(-n // step) * step
 
 
 def buffers(like, ends, *widths):
-    """
-    Uninitialised (rows, width) scratch tensors, reused expert by expert; rows is a power of two
-    that the longest run fits. Sizes that change with every step's routing fragment the heap, and
-    the system zeroes each new piece of it: a step took 2.6 s instead of 1.4 s.
-    """
+    """Uninitialised (rows, width) scratch tensors, reused expert by expert; rows is a power of two
+    that the longest run fits. Sizes that follow the routing fragment the heap: 2.6 s a step."""
     longest = int(ends.diff(prepend=ends.new_zeros(1)).max())
     rows = max(64, 1 << (longest - 1).bit_length())
     return [like.new_empty(rows, width) for width in widths]
-
-
-# ------------------------------------------------------------------------------------------------
-# 3. Grouped experts: all in one grouped_mm, or one expert after the other
-
-
-def at_once(x, w_in, w_out, order):
-    """
-    Whether one grouped_mm per weight serves all experts: in bf16 on a GPU, and on a CPU while an
-    expert has at most 2^16 pre-activations (256 KB in fp32). Larger experts go one after the other,
-    so that rows and weights stay in the cache: 1.3 times as fast for F=1024, but 2 to 4 times as
-    slow for F=128 and 32. grouped_mm's rules: no float64, rows of a multiple of 16 bytes.
-    """
-    if x.dtype == torch.float64 or any(n * x.element_size() % 16 for n in w_out.shape[1:]):
-        return False
-    if x.is_cuda:
-        return x.dtype == torch.bfloat16
-    return order.numel() * w_in.shape[1] <= 2**16 * w_in.shape[0]
-
-
-def experts_forward(x, weights, order, ends, w_in, w_out, activation, save, keep):
-    """The forward step of support.ops.make_experts."""
-    way = forward_at_once if at_once(x, w_in, w_out, order) else forward_one_by_one
-    return way(x, weights, order, ends, w_in, w_out, activation, save, keep)
-
-
-def experts_backward(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation):
-    """The backward step. A product over no rows writes zeros: idle experts need no care."""
-    way = backward_at_once if at_once(x, w_in, w_out, order) else backward_one_by_one
-    return way(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation)
-
-
-def sum_choices(rows, order, top_k):
-    """rows (N, D) in expert order -> (T, D), in a fixed order, unlike index_add_ on a GPU."""
-    return undo_order(rows, order).view(-1, top_k, rows.shape[1]).sum(1)
-
-
-def forward_at_once(x, weights, order, ends, w_in, w_out, activation, save, keep):
-    token, gate = order // weights.shape[1], weights.reshape(-1)[order, None]
-    h = F.grouped_mm(x.index_select(0, token), w_in.transpose(1, 2), offs=ends)  # (N, W)
-    act = activate(h, activation)
-    y = F.grouped_mm(act, w_out.transpose(1, 2), offs=ends) * gate.to(x.dtype)  # (N, D)
-    acts = undo_order(act, order) if keep else act.new_empty(0, act.shape[1])
-    return sum_choices(y, order, weights.shape[1]), h if save else h.new_empty(0, h.shape[1]), acts
-
-
-def backward_at_once(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation):
-    token, gate = order // weights.shape[1], weights.reshape(-1)[order, None].to(x.dtype)
-    x_e, dy_e = x.index_select(0, token), dy.index_select(0, token)  # (N, D)
-    g = F.grouped_mm(dy_e, w_out, offs=ends)  # (N, F), before the gate
-    d_act = g * gate if d_acts is None else g * gate + d_acts.index_select(0, order)
-    act, dh = activate_backward(h, d_act, activation)
-    d_gate = weights.new_empty(order.numel())
-    d_gate[order] = torch.linalg.vecdot(g, act).to(d_gate.dtype)
-    dw_out = F.grouped_mm(dy_e.mul_(gate).T, act, offs=ends)
-    dw_in = F.grouped_mm(dh.T, x_e, offs=ends)
-    if x.is_cuda:  # some GPUs leave the result of an empty group unwritten (pytorch issue 172439)
-        idle = (ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None]
-        dw_in.masked_fill_(idle, 0)
-        dw_out.masked_fill_(idle, 0)
-    dx = sum_choices(F.grouped_mm(dh, w_in, offs=ends), order, weights.shape[1])
-    return dx, d_gate.view_as(weights), dw_in, dw_out
 
 
 def expert_slices(order, ends, weights):
@@ -195,7 +181,7 @@ def activate_backward_into(h, g, gate, d_act, gated_act, dh, activation):
     return (g * act).sum(-1)
 
 
-def forward_one_by_one(x, weights, order, ends, w_in, w_out, activation, save, keep):
+def forward_one_by_one(x, weights, w_in, w_out, order, ends, activation, save, keep):
     n, (d, f), wide = order.numel(), w_out.shape[1:], w_in.shape[1]
     y = torch.zeros_like(x)
     h, acts = x.new_empty(n if save else 0, wide), x.new_empty(n if keep else 0, f)
@@ -213,7 +199,7 @@ def forward_one_by_one(x, weights, order, ends, w_in, w_out, activation, save, k
     return y, h, acts
 
 
-def backward_one_by_one(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation):
+def backward_one_by_one(dy, d_acts, x, weights, w_in, w_out, order, ends, h, activation):
     (d, f), wide = w_out.shape[1:], w_in.shape[1]
     dx, d_gate = torch.zeros_like(x), weights.new_empty(order.numel())
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
@@ -236,7 +222,7 @@ def backward_one_by_one(dy, d_acts, x, weights, order, ends, w_in, w_out, h, act
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Masks: exactly the n largest entries of a row
+# 3. Masks: exactly the n largest entries of a row, and the masked FFN
 
 
 def thresholds_reference(scores, n_keep):
@@ -300,8 +286,7 @@ def thresholds(scores, n_keep):
     return value, cut
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Masked FFN, a chunk of tokens at a time
+# The masked FFN, a chunk of tokens at a time
 
 
 @fused
@@ -354,7 +339,7 @@ def masks_backward(du, h, z, w_z, value, cut, activation):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Decoding reads only the rows of w_in and columns of w_out that a mask keeps: 3.1 -> 0.74 ms
+# 4. Decoding reads only the rows of w_in and columns of w_out that a mask keeps: 3.1 -> 0.74 ms
 
 _transposed = WeakTensorKeyDictionary()
 
@@ -400,8 +385,8 @@ def decode(x, scores, w_in, w_out_t, n_keep, activation):
     return ((y if t > 1 else y.sum(0, keepdim=True)).to(x.dtype),)
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention
+# ------------------------------------------------------------------------------------------------
+# 5. Attention
 
 
 def prefers_plain_attention(q):

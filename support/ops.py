@@ -1,9 +1,9 @@
 """
-The expert FFNs as operators of torch, and the small functions that all their implementations share.
+What all implementations of the expert FFNs share: small functions, and the operators.
 
-An operator (torch.library) is one node to autograd and torch.compile, whatever runs inside. Each is
-made by a function that takes the steps to run, so this file knows no implementation: kernels.py
-passes its dispatcher. A step is a function step(backend, *arguments) -> tuple of tensors.
+An operator (torch.library) is one node to autograd and torch.compile, whatever runs inside. This
+file knows no implementation: it is given the steps to run, step(backend, *arguments) -> a tuple of
+tensors. kernels.py passes its dispatcher.
 
 Letters: T tokens, D model width, F hidden width of an expert, E experts, K choices (or samples) a
 token, N = T*K rows; W is the number of rows of w_in per expert: F for gelu, 2F for swiglu.
@@ -61,56 +61,42 @@ def kept(scores: Tensor, value: Tensor, cut: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. The operators. Autocast is off inside: CUDA's would turn a sum into float32, another dtype than
-# the fake results announce to torch.compile.
+# 2. The operators. An argument whose name is not in TYPES is a tensor.
+
+TYPES = dict(backend="str", activation="str", n_keep="int", save="bool", keep="bool",
+             d_acts="Tensor?")
 
 
-def run(step, backend, arguments, dtypes):
-    """A step without autocast; the dtypes of its results are asserted."""
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        results = step(backend, *arguments)
-    found = [a.dtype for a in results]
-    assert found == dtypes, f"results are {found}, expected {dtypes}"
-    return results
+def operator(name, step, arguments, n_results, fake):
+    """
+    step as an operator; `fake` tells torch.compile the shapes and dtypes of its results. Autocast
+    is off inside: CUDA's would turn a sum into float32, another dtype than fake announces.
+    """
+    def call(backend, x, *others):
+        with torch.autocast(x.device.type, enabled=False):
+            return step(backend, x, *others)
+
+    typed = ", ".join(f"{TYPES.get(a, 'Tensor')} {a}" for a in arguments.split())
+    schema = f"({typed}) -> ({', '.join(['Tensor'] * n_results)})"
+    made = custom_op(f"nanoexperts::{name}", call, mutates_args=(), schema=schema)
+    made.register_fake(fake)
+    return made
 
 
 def make_experts(forward, backward):
     """
-    forward(backend, x, weights, order, ends, w_in, w_out, activation, save, keep) -> y (T, D);
+    forward(backend, x, weights, w_in, w_out, order, ends, activation, save, keep) -> y (T, D);
     pre-activations h (N, W) in expert order if save, else (0, W); activations (N, F) in token order
-    if keep, else (0, F). backward(backend, dy, d_acts or None, x, weights, order, ends, w_in,
-    w_out, h, activation) -> gradients of x, weights, w_in, w_out.
+    if keep, else (0, F). backward(backend, dy, d_acts or None, x, weights, w_in, w_out, order,
+    ends, h, activation) -> gradients of x, weights, w_in, w_out.
     """
-
-    @custom_op("nanoexperts::experts", mutates_args=())
-    def experts(
-        x: Tensor, weights: Tensor, order: Tensor, ends: Tensor, w_in: Tensor, w_out: Tensor,
-        activation: str, backend: str, save: bool, keep: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = x, weights, order, ends, w_in, w_out, activation, save, keep
-        return run(forward, backend, arguments, [x.dtype] * 3)
-
-    @custom_op("nanoexperts::experts_backward", mutates_args=())
-    def experts_backward(
-        dy: Tensor, d_acts: Tensor | None, x: Tensor, weights: Tensor, order: Tensor, ends: Tensor,
-        w_in: Tensor, w_out: Tensor, h: Tensor, activation: str, backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        arguments = dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation
-        dtypes = [a.dtype for a in (x, weights, w_in, w_out)]
-        return run(backward, backend, arguments, dtypes)
-
-    @experts.register_fake
-    def _(x, weights, order, ends, w_in, w_out, activation, backend, save, keep):
+    def fake(backend, x, weights, w_in, w_out, order, ends, activation, save, keep):
         n = order.numel()
         h = x.new_empty(n if save else 0, w_in.shape[1])
         return torch.empty_like(x), h, x.new_empty(n if keep else 0, w_out.shape[2])
 
-    @experts_backward.register_fake
-    def _(dy, d_acts, x, weights, order, ends, w_in, w_out, h, activation, backend):
-        return tuple(torch.empty_like(a) for a in (x, weights, w_in, w_out))
-
     def setup(ctx, inputs, output):
-        *tensors, ctx.activation, ctx.backend, _, _ = inputs
+        ctx.backend, *tensors, ctx.activation, _, _ = inputs
         ctx.save_for_backward(*tensors, output[1])
         ctx.set_materialize_grads(False)
 
@@ -118,10 +104,14 @@ def make_experts(forward, backward):
         tensors = ctx.saved_tensors
         dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
         d_acts = None if d_acts is None else d_acts.contiguous()
-        found = experts_backward(dy, d_acts, *tensors, ctx.activation, ctx.backend)
-        dx, d_weights, dw_in, dw_out = found
-        return dx, d_weights, None, None, dw_in, dw_out, None, None, None, None
+        found = experts_backward(ctx.backend, dy, d_acts, *tensors, ctx.activation)
+        return None, *found, *[None] * 5
 
+    tensors = "x weights w_in w_out order ends"
+    experts = operator("experts", forward, f"backend {tensors} activation save keep", 3, fake)
+    experts_backward = operator(
+        "experts_backward", backward, f"backend dy d_acts {tensors} h activation", 4,
+        lambda backend, dy, d_acts, *inputs: tuple(map(torch.empty_like, inputs[:4])))
     experts.register_autograd(gradients, setup_context=setup)
     return experts
 
@@ -132,9 +122,9 @@ def make_masked(masks, masks_backward, linear):
 
     masks(backend, h, z, w_z, n_keep, activation) -> u = act(h) * mean_k topn(w_z z_k) (T, F), and
     what `kept` needs: value (T, K), cut (T, K). masks_backward(backend, du, h, z, w_z, value, cut,
-    activation) -> u again, dh, dz, dw_z.
+    activation) -> u again, dh, dz, dw_z. The operator gives y (T, D), h (T, W) if save, else
+    (0, W), value, cut.
     """
-
     def forward(backend, x, z, w_in, w_out, w_z, n_keep, activation, save):
         h = linear(x, w_in)
         u, value, cut = masks(backend, h, z, w_z, n_keep, activation)
@@ -145,60 +135,36 @@ def make_masked(masks, masks_backward, linear):
         u, dh, dz, dw_z = masks_backward(backend, du, h, z, w_z, value, cut, activation)
         return linear(dh, w_in.T), dz, dh.T @ x, dy.T @ u, dw_z
 
-    @custom_op("nanoexperts::masked", mutates_args=())
-    def masked(
-        x: Tensor, z: Tensor, w_in: Tensor, w_out: Tensor, w_z: Tensor,
-        n_keep: int, activation: str, backend: str, save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> y (T, D), pre-activations h (T, W) if save, else (0, W), value (T, K), cut (T, K)."""
-        arguments = x, z, w_in, w_out, w_z, n_keep, activation, save
-        value_dtype = torch.promote_types(z.dtype, torch.float32)
-        return run(forward, backend, arguments, [x.dtype, x.dtype, value_dtype, torch.int32])
-
-    @custom_op("nanoexperts::masked_backward", mutates_args=())
-    def masked_backward(
-        dy: Tensor, x: Tensor, z: Tensor, w_in: Tensor, w_out: Tensor, w_z: Tensor, h: Tensor,
-        value: Tensor, cut: Tensor, activation: str, backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        arguments = dy, x, z, w_in, w_out, w_z, h, value, cut, activation
-        return run(backward, backend, arguments, [a.dtype for a in (x, z, w_in, w_out, w_z)])
-
-    @masked.register_fake
-    def _(x, z, w_in, w_out, w_z, n_keep, activation, backend, save):
+    def fake(backend, x, z, w_in, w_out, w_z, n_keep, activation, save):
         h = x.new_empty(x.shape[0] if save else 0, w_in.shape[0])
         value = z.new_empty(z.shape[:2], dtype=torch.promote_types(z.dtype, torch.float32))
         return torch.empty_like(x), h, value, value.to(torch.int32)
 
-    @masked_backward.register_fake
-    def _(dy, x, z, w_in, w_out, w_z, h, value, cut, activation, backend):
-        return tuple(torch.empty_like(a) for a in (x, z, w_in, w_out, w_z))
-
     def setup(ctx, inputs, output):
-        *tensors, _, ctx.activation, ctx.backend, _ = inputs
+        ctx.backend, *tensors, _, ctx.activation, _ = inputs
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.set_materialize_grads(False)
 
     def gradients(ctx, dy, *_):
-        found = masked_backward(dy.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.backend)
-        return *found, None, None, None, None
+        found = masked_backward(ctx.backend, dy.contiguous(), *ctx.saved_tensors, ctx.activation)
+        return None, *found, None, None, None
 
+    tensors = "x z w_in w_out w_z"
+    masked = operator("masked", forward, f"backend {tensors} n_keep activation save", 4, fake)
+    masked_backward = operator(
+        "masked_backward", backward, f"backend dy {tensors} h value cut activation", 5,
+        lambda backend, dy, *inputs: tuple(map(torch.empty_like, inputs[:5])))
     masked.register_autograd(gradients, setup_context=setup)
     return masked
 
 
 def make_thresholds(step):
     """step(backend, scores, n_keep): scores (R, F) -> value (R,) in their dtype, cut (R,) int32."""
-
-    @custom_op("nanoexperts::thresholds", mutates_args=())
-    def thresholds(scores: Tensor, n_keep: int, backend: str) -> tuple[Tensor, Tensor]:
-        return run(step, backend, (scores, n_keep), [scores.dtype, torch.int32])
-
-    @thresholds.register_fake
-    def _(scores, n_keep, backend):
+    def fake(backend, scores, n_keep):
         rows = scores.shape[0]
         return scores.new_empty(rows), scores.new_empty(rows, dtype=torch.int32)
 
-    return thresholds
+    return operator("thresholds", step, "backend scores n_keep", 2, fake)
 
 
 def make_decode(step, transposed):
@@ -207,22 +173,11 @@ def make_decode(step, transposed):
     w_out^T (F, D), n_keep, activation) -> a tuple of y (T, D). The operator is for torch.compile
     alone: eager code calls the function, because at one token an operator's overhead is felt.
     """
-
-    def decode(
-        x: Tensor, z: Tensor, w_in: Tensor, w_out: Tensor, w_z: Tensor,
-        n_keep: int, activation: str, backend: str,
-    ) -> Tensor:
+    def decode(backend, x, z, w_in, w_out, w_z, n_keep, activation):
         with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(z, w_z)
-            return step(backend, x, scores, w_in, transposed(w_out), n_keep, activation)[0]
+            inputs = x, F.linear(z, w_z), w_in, transposed(w_out)
+            return step(backend, *inputs, n_keep, activation)[0]
 
-    operator = custom_op("nanoexperts::decode", decode, mutates_args=())
-
-    @operator.register_fake
-    def _(x, z, w_in, w_out, w_z, n_keep, activation, backend):
-        return torch.empty_like(x)
-
-    def call(*arguments):
-        return (operator if torch.compiler.is_compiling() else decode)(*arguments)
-
-    return call
+    made = operator("decode", decode, "backend x z w_in w_out w_z n_keep activation", 1,
+                    lambda backend, x, *_: torch.empty_like(x))
+    return lambda *arguments: (made if torch.compiler.is_compiling() else decode)(*arguments)
