@@ -361,8 +361,7 @@ def choose_backend(x: Tensor) -> tuple[str, str]:
 
 
 def dispatch(step, backend, *arguments):
-    """A step of STEPS: Triton's for "triton", torch's for "grouped"; "auto" takes Triton's where
-    there is a GPU and its first result at this shape is torch's."""
+    """A step: Triton's for "triton", torch's for "grouped", what can be trusted for "auto"."""
     if backend == "auto":
         backend = choose_backend(arguments[0])[0]
         if backend == "triton" and not trusted(step, arguments):
@@ -397,8 +396,9 @@ def trusted(step, arguments):
 
 
 def distance(a, b):
-    """|a - b| / |b|, summed in float64; a NaN is infinitely far."""
-    far, size = (torch.linalg.vector_norm(v.float(), dtype=torch.float64) for v in (a - b, b))
+    """|a - b| / |b|, without copies (a pool's gradient fills gigabytes); NaN is infinitely far."""
+    a, b = (v if v.is_floating_point() else v.double() for v in (a, b))
+    far, size = (torch.linalg.vector_norm(v, dtype=torch.float64) for v in (a - b, b))
     return (far / size.clamp_min(1e-30)).nan_to_num(float("inf")).item()
 
 

@@ -24,6 +24,7 @@ from kernel_helpers import (
     layers,
     literal_kept,
     literal_masked,
+    literal_topn,
     mask_inputs,
     outputs_and_gradients,
     poison,
@@ -274,14 +275,6 @@ def test_errors_name_what_and_where(layer, change, words):
 
 # ------------------------------------------------------------------------------------------------
 # 3. Top-n masks
-
-
-def literal_topn(rows, n):
-    expected = torch.zeros_like(rows)
-    for i, row in enumerate(rows.tolist()):
-        for j in literal_kept(row, n):
-            expected[i, j] = rows[i, j]
-    return expected
 
 
 NUMBERS = st.integers(-3, 3) | st.sampled_from([-0.0, float("inf"), -float("inf"), 0.5, 1e-3])
