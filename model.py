@@ -1,6 +1,4 @@
-"""The transformer: GPT-2 and LLaMA blocks around the experts of moe.py.
-
-Reads top to bottom: the configuration, attention, the block, GPT (forward, losses, generation).
+"""The transformer: configuration, attention, block and GPT around the experts of moe.py.
 
     python model.py config/unipool_182m.py         # parameter counts of a configuration
     python model.py --out_dir=out/x                # of a checkpoint
@@ -10,9 +8,9 @@ Letters in shapes: B sequences, S positions, T = B*S tokens, D width, H heads, G
 d head width, V vocabulary, E experts, K chosen ones, L layers with experts.
 """
 import dataclasses
+import functools
 import math
 import os
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,7 +27,7 @@ from support.deep import CodeRouter
 from support.noise import noise_seeds
 
 
-@dataclass
+@dataclasses.dataclass
 class ModelConfig:
     """All settings of a model; None: the flavour's (moe.FLAVOURS) or the architecture's default."""
 
@@ -95,9 +93,8 @@ class ModelConfig:
 
     def moe_layers(self) -> list[int]:
         """Indices of the blocks that have experts."""
-        if self.flavour == "dense":
-            return []
-        return [i for i in range(self.n_layer) if (i + 1) % self.moe_every == 0]
+        every = range(self.moe_every - 1, self.n_layer, self.moe_every)
+        return [] if self.flavour == "dense" else list(every)
 
     def rates(self) -> tuple:
         """infmoe: the rate N of each hidden layer."""
@@ -134,10 +131,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (S, d) of the rotary embedding (RoFormer, arXiv 2104.09864).
-
-    First and second half of a head form the pairs.
-    """
+    """cos and sin (S, d): RoFormer (arXiv 2104.09864); the halves of a head form the pairs."""
     even = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, None].float() * base ** (-even / head_dim)[None, :]  # (S, d/2)
     angles = torch.cat((angles, angles), dim=-1)  # (S, d)
@@ -160,31 +154,24 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head = c.n_head, c.n_kv_head
         self.qkv = nn.Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * d, bias=c.bias)
         self.out = nn.Linear(c.n_head * d, c.d_model, bias=c.bias)
-        self.norm_heads = c.qk_norm == "head"
         self.q_norm = self.k_norm = None
-        if c.qk_norm == "head":
-            self.q_norm = nn.RMSNorm(d, eps=c.norm_eps)
-            self.k_norm = nn.RMSNorm(d, eps=c.norm_eps)
-        if c.qk_norm == "full":
-            self.q_norm = nn.RMSNorm(c.n_head * d, eps=c.norm_eps)
-            self.k_norm = nn.RMSNorm(c.n_kv_head * d, eps=c.norm_eps)
+        if c.qk_norm != "none":  # of one head, or of all heads together
+            n_q, n_k = (c.n_head, c.n_kv_head) if c.qk_norm == "full" else (1, 1)
+            self.q_norm = nn.RMSNorm(n_q * d, eps=c.norm_eps)
+            self.k_norm = nn.RMSNorm(n_k * d, eps=c.norm_eps)
 
     def init_weights(self, std, out_std):
-        nn.init.normal_(self.qkv.weight, std=std)
-        nn.init.normal_(self.out.weight, std=out_std)
-        for bias in (self.qkv.bias, self.out.bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        moe.init_linear(self.qkv, std)
+        moe.init_linear(self.out, out_std)
 
     def heads(self, x, n, norm):
         """x (B, S, n*d) -> (B, n, S, d), normalised in float32 over all heads or each by itself."""
-        dtype = x.dtype
-        if norm is not None and not self.norm_heads:
-            x = norm(x.to(norm.weight.dtype))
-        x = x.unflatten(-1, (n, self.head_dim))  # (B, S, n, d)
-        if norm is not None and self.norm_heads:
-            x = norm(x.to(norm.weight.dtype))
-        return x.to(dtype).transpose(1, 2)  # (B, n, S, d)
+        h = x.unflatten(-1, (n, self.head_dim))  # (B, S, n, d)
+        if norm is not None:
+            together = norm.weight.numel() == x.shape[-1]
+            y = norm((x if together else h).to(norm.weight.dtype))
+            h = y.view(h.shape).to(x.dtype)
+        return h.transpose(1, 2)  # (B, n, S, d)
 
     def forward(self, x: Tensor, rope: tuple | None, cache: KVCache | None) -> Tensor:
         """x (B, S, D) -> (B, S, D)."""
@@ -200,19 +187,18 @@ class Attention(nn.Module):
         # in generation the keys and values of earlier positions come from the cache
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        new, seen = q.shape[2], k.shape[2]
         # every key/value head serves H / G query heads
         if self.n_kv_head != self.n_head:
             k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, seen, d)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
         # softmax(q k^T / sqrt(d)) v, a query seeing the keys up to its own
-        dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, new, seen, dropout)
+        y = attention(q, k, v, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, S, H*d) -> (B, S, D)
 
 
-def attention(q, k, v, new, seen, dropout):
-    """Causal attention of `new` queries (B, H, new, d) over `seen` keys -> (B, H, new, d)."""
+def attention(q, k, v, dropout):
+    """Causal attention of queries (B, H, new, d) over keys (B, H, seen, d) -> (B, H, new, d)."""
+    new, seen = q.shape[2], k.shape[2]
     if new == seen and not dropout and cpu.prefers_plain_attention(q):
         return cpu.plain_attention(q, k, v)
     mask = None
@@ -233,10 +219,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, pool, rope, seeds, token_ids, cache, keep_activations):
-        """x (B, S, D), seeds and token_ids (T,) -> x, routing, activations (T, K, F).
-
-        routing is None for a dense FFN; activations are None unless they are to be kept.
-        """
+        """x (B, S, D), seeds, token_ids (T,) -> x, routing, activations (T, K, F) or None."""
         x = x + self.dropout(self.attention(self.norm1(x), rope, cache))
         h = self.norm2(x)
         if isinstance(self.ffn, moe.FFN):
@@ -248,29 +231,23 @@ class Block(nn.Module):
 
 def make_ffn(config: ModelConfig, layer: int) -> nn.Module:
     """A block's FFN: dense, a router with its own experts, or a router to a pool of GPT's."""
-    c, shared = config, None
+    c = config
     if layer not in c.moe_layers():
         return moe.FFN(c.d_model, c.d_ff, c.activation, c.bias)
     bank = None if c.pool_groups else make_bank(c)
     if c.flavour == "infmoe":
-        return moe.MoE(make_code_router(c, layer), bank)
+        density = functools.partial(
+            moe.GaussianRouter, dz=c.infmoe_dz, n_samples=c.infmoe_samples,
+            n_components=c.infmoe_components, d_hidden=c.infmoe_hidden)
+        mean_from = 0 if c.infmoe_mean else c.infmoe_mean_from
+        router = CodeRouter(density, c.d_model, c.rates(), c.infmoe_z, mean_from, layer)
+        return moe.MoE(router, bank)
     router = moe.ROUTERS[c.router](c.d_model, c.n_experts, c.top_k, c.norm_topk_prob,
                                    selection_bias=c.balance == "bias")
+    shared = None
     if c.n_shared_experts:
         shared = moe.FFN(c.d_model, c.n_shared_experts * c.d_expert, c.activation)
     return moe.MoE(router, bank, shared)
-
-
-def make_code_router(config: ModelConfig, layer: int) -> nn.Module:
-    c = config
-
-    def density(i, extra, mean):
-        return moe.GaussianRouter(
-            c.d_model + extra, c.infmoe_dz, c.infmoe_samples, c.infmoe_components,
-            c.infmoe_hidden, mean, stream=layer * c.infmoe_depth + i)
-
-    mean_from = 0 if c.infmoe_mean else c.infmoe_mean_from
-    return CodeRouter(density, c.infmoe_dz, c.rates(), c.infmoe_z, mean_from)
 
 
 def make_bank(config: ModelConfig) -> nn.Module:
@@ -302,9 +279,8 @@ class GPT(nn.Module):
         self.config = config
         self.recompute = False  # run blocks again in the backward pass: less memory, more time
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
-        self.wpe = None
-        if config.arch == "gpt2":
-            self.wpe = nn.Embedding(config.block_size, config.d_model)
+        gpt2 = config.arch == "gpt2"
+        self.wpe = nn.Embedding(config.block_size, config.d_model) if gpt2 else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.pools = nn.ModuleList(make_bank(config) for _ in range(config.pool_groups or 0))
@@ -404,12 +380,8 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-100)
         return (None if learn else logits), loss
 
-    @torch.no_grad()
     def update_balance(self, stats: dict) -> None:
-        """Move the state that outlives a step: selection biases and path estimates.
-
-        Once per optimizer step; stats: summed over its micro-steps and ranks.
-        """
+        """Move selection biases and path estimates: once a step, by stats of all its tokens."""
         auxiliary.update_balance(self.config, self.expert_layers(), self.paths, stats)
 
     def routing_columns(self, stats: dict) -> dict[str, float]:
@@ -435,18 +407,14 @@ class GPT(nn.Module):
                  generator=None, use_cache=True):
         """tokens (B, S) -> yields max_new_tokens tensors (B, 1).
 
-        Past block_size the context slides: its oldest half is dropped and the rest run again, with
-        a cache and without.
+        Past block_size the context slides: its oldest half is dropped and the rest runs again.
         """
-        size, cache = self.config.block_size, None
+        size, weight, cache = self.config.block_size, self.wte.weight, None
         for _ in range(max_new_tokens):
             if tokens.shape[1] > size:
                 tokens, cache = tokens[:, -max(1, size // 2):], None
-            new = tokens
-            if use_cache and cache is not None:
-                new = tokens[:, -1:]
-            elif use_cache:
-                weight = self.wte.weight
+            new = tokens if cache is None else tokens[:, -1:]
+            if use_cache and cache is None:
                 cache = KVCache(self.config, len(tokens), weight.device, weight.dtype)
             logits = self(new, cache=cache).logits[:, -1]  # (B, V)
             token = sample_token(logits, temperature, top_k, top_p, generator)
@@ -456,8 +424,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, folder, device="cpu") -> "GPT":
         """The model that train.py saved in `folder`, in evaluation mode; runs no code of it."""
-        path = os.path.join(folder, "ckpt.pt")
-        saved = load_checkpoint(path)
+        saved = load_checkpoint(os.path.join(folder, "ckpt.pt"))
         model = cls(ModelConfig(**saved["model_config"]))
         model.load_state_dict(saved["model"])
         return model.to(device).eval()
@@ -474,37 +441,9 @@ def load_checkpoint(path):
     return checkpoints.load(path, ModelConfig, GPT)
 
 
-# --------------------------------------------------------------------------------------------------
-# python model.py: what a configuration weighs, and the way to transformers
-
-@dataclass
-class ExportConfig:
-    export: str | None = None  # with --out_dir: write that checkpoint as a folder for transformers
-
-
 def main():
-    from configurator import fail, parse
-    from support import budget, hf
-    from support.tokenizer import get_tokenizer
-    from train import TrainConfig  # config files have its keys, too
-    parsed = parse(ModelConfig, TrainConfig, ExportConfig, words=("config",), doc=__doc__)
-    folder, target = parsed.given.get("out_dir"), parsed.make(ExportConfig).export
-    try:
-        budget.check_size(parsed.given)
-        if parsed.words["config"] or not folder:
-            rules.check([(not target, "--export writes a trained model: name its folder with "
-                          "--out_dir, and no config file")])
-            config = parsed.make(ModelConfig)
-        else:
-            saved = load_checkpoint(os.path.join(folder, "ckpt.pt"))
-            config = ModelConfig(**saved["model_config"])
-        with torch.device("meta"):
-            budget.print_parameters(GPT(config), config.n_active_params())
-        if target:
-            hf.export(GPT.from_checkpoint(folder), target, get_tokenizer(saved["tokenizer"]))
-            print(f'wrote {target}: AutoModelForCausalLM.from_pretrained("{target}")')
-    except (OSError, ValueError, ImportError) as error:
-        fail(error)
+    from support.weigh import main  # lazily: it imports this file
+    main(__doc__)
 
 
 if __name__ == "__main__":

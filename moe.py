@@ -18,11 +18,9 @@ Papers: Switch (arXiv 2101.03961), DeepSeekMoE and V3 (2401.06066, 2412.19437), 
 (2106.04426), UniPool with KERN's NormRouter (2605.06665), infinity-MoE (2601.17680). "[ours]" marks
 a choice that no paper makes.
 """
-import functools
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +36,7 @@ from losses import (  # noqa: F401  (for those who import them from here)
     z_loss,
 )
 from support.noise import hash32, normal_noise, uniform_noise
+from support.norm_constant import norm_router_constant
 
 
 class Routing(NamedTuple):
@@ -60,6 +59,13 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def init_linear(layer: nn.Linear, std: float) -> None:
+    """Normal weights, no bias."""
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,7 +146,7 @@ class NormRouter(Router):
     def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
         super().__init__(d_model, n_experts, top_k, norm_topk_prob, selection_bias)
         self.sigma = nn.Parameter(torch.ones(1))  # one per router; (1,) as FSDP shards no scalars
-        self.c = norm_router_constant(n_experts, top_k)
+        self.c = norm_router_constant(n_experts, top_k)  # the chosen scores start at sigma
 
     def init_weights(self, std, out_std=None):
         super().init_weights(std, out_std)
@@ -151,29 +157,10 @@ class NormRouter(Router):
         return self.sigma.to(logits.dtype) * self.c * unit.relu()
 
 
-@functools.lru_cache
-def norm_router_constant(n_experts: int, top_k: int, n_draws: int = 100_000,
-                         seed: int = 0) -> float:
-    """c = E[ 1 / ||top-K of relu(g / ||g||)||_2 ], g ~ N(0, I_E): the chosen scores start at sigma.
-
-    For few experts the mean does not exist (no positive entry: division by zero), so draws whose
-    top-K norm is below 0.05 are left out [ours; the official code returns inf at E = 8]. Monte
-    Carlo with a fixed seed on the CPU: every rank and every device gets the same float.
-    """
-    rng, norms = np.random.default_rng(seed), []
-    for start in range(0, n_draws, 10_000):  # bounded memory: 10,000 x E floats at a time
-        g = rng.standard_normal((min(10_000, n_draws - start), n_experts), dtype=np.float32)
-        unit = np.maximum(g / np.linalg.norm(g, axis=1, keepdims=True), 0)
-        top = np.partition(unit, n_experts - top_k, axis=1)[:, n_experts - top_k:]
-        norms.append(np.linalg.norm(top.astype(np.float64), axis=1))
-    norms = np.concatenate(norms)
-    return float(np.mean(1 / norms[norms >= 0.05]))
-
-
 class HashRouter(nn.Module):
-    """Hash Layers: expert = hash(token id) mod E, and the K - 1 after it. Nothing is learned.
+    """Hash Layers: experts hash(token id) mod E and the K - 1 after it, with gates 1/K.
 
-    Equal gates 1/K. What a learned router is worth shows against it.
+    Nothing is learned: what a learned router is worth shows against it.
     """
     max_top_k = None
     supports = frozenset()  # scores are constants: no loss can move them
@@ -193,8 +180,7 @@ class HashRouter(nn.Module):
         return Routing(gates, ids, scores, scores)
 
 
-ROUTERS = {"softmax": SoftmaxRouter, "sigmoid": SigmoidRouter, "norm": NormRouter,
-           "hash": HashRouter}
+ROUTERS = dict(softmax=SoftmaxRouter, sigmoid=SigmoidRouter, norm=NormRouter, hash=HashRouter)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,10 +188,7 @@ ROUTERS = {"softmax": SoftmaxRouter, "sigmoid": SigmoidRouter, "norm": NormRoute
 
 
 class FFN(nn.Module):
-    """The dense feed-forward of a GPT-2 (gelu) or LLaMA (swiglu) block.
-
-    Also the always-on experts of DeepSeekMoE: n of them are one FFN of n times the width.
-    """
+    """GPT-2's (gelu) or LLaMA's (swiglu) dense FFN; n times as wide: n always-on experts."""
 
     def __init__(self, d_model: int, d_ff: int, activation: str, bias: bool = False):
         super().__init__()
@@ -215,10 +198,8 @@ class FFN(nn.Module):
         self.w_out = nn.Linear(d_ff, d_model, bias=bias)
 
     def init_weights(self, std, out_std):
-        for layer, s in ((self.w_in, std), (self.w_out, out_std)):
-            nn.init.normal_(layer.weight, std=s)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        init_linear(self.w_in, std)
+        init_linear(self.w_out, out_std)
 
     def forward(self, x):
         return self.w_out(activate(self.w_in(x), self.activation))
@@ -271,8 +252,7 @@ class ExpertBank(nn.Module):
         arguments = x, routing.weights, routing.ids, self.w_in, self.w_out, self.activation
         if self.backend == "loop":
             return expert_ffn_loop(*arguments, keep_activations)
-        return kernels.expert_ffn(*arguments, backend=self.backend,
-                                  keep_activations=keep_activations)
+        return kernels.expert_ffn(*arguments, self.backend, keep_activations)
 
 
 BANKS = {"ffn": ExpertBank}  # kinds of discrete experts; all are made as ExpertBank is
@@ -294,9 +274,7 @@ class MoE(nn.Module):
         routing = self.router(x, noise_seeds, token_ids)
         bank = pool if self.bank is None else self.bank
         y, activations = bank(x, routing, keep_activations)
-        if self.shared is not None:
-            y = y + self.shared(x)
-        return y, routing, activations
+        return y if self.shared is None else y + self.shared(x), routing, activations
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,8 +304,7 @@ class GaussianRouter(nn.Module):
     def init_weights(self, std, out_std=None):
         for layer in (self.hidden, self.mu, self.mixture):
             if layer is not None:
-                nn.init.normal_(layer.weight, std=std)
-                nn.init.zeros_(layer.bias)
+                init_linear(layer, std)
         if self.logvar is not None:  # Sigma starts at the identity, for every token
             nn.init.zeros_(self.logvar.weight)
             nn.init.zeros_(self.logvar.bias)
@@ -352,10 +329,7 @@ class GaussianRouter(nn.Module):
         return Codes(mu + (logvar / 2).exp() * noise, mu, logvar)  # reparameterised
 
     def component(self, x, noise_seeds):
-        """One-hot choice (T, 1 or K, C) with the gradient of the soft one; None without a mixture.
-
-        For z = mu it is the likeliest component.
-        """
+        """One-hot choice (T, 1 or K, C), its gradient the soft one's; the likeliest if z = mu."""
         if self.mixture is None:
             return None
         logits = linear_fp32(x, self.mixture.weight, self.mixture.bias)  # (T, 1 or K, C)
@@ -428,10 +402,9 @@ class ContinuousBank(nn.Module):
         share = [1.0]  # of the input, then of each hidden layer
         for masks, rate in zip(n_choices, self.rates):
             share.append(1.0 if rate is None else min(1.0, masks * rate))
-        below_above = zip(self.w_in, share, share[1:])
-        matrices = sum(round(w.numel() * below * above) for w, below, above in below_above)
-        codes = sum(w.numel() for w in self.w_z.values())
-        return matrices + round(self.w_out.numel() * share[-1]) + codes
+        matrices = zip([*self.w_in, self.w_out], share, [*share[1:], 1.0])
+        used = sum(round(w.numel() * below * above) for w, below, above in matrices)
+        return used + sum(w.numel() for w in self.w_z.values())
 
     def mask_scores(self, codes):
         """W_z z of every masked hidden layer that has its own mask: list of (T, K, F)."""

@@ -10,22 +10,25 @@ from torch import nn
 class CodeRouter(nn.Module):
     """The codes of all H hidden layers of a continuous FFN.
 
-    make_density(i, extra, mean): a router of hidden layer i whose input is wider by extra.
+    density(d_in, mean=, stream=): makes the router of one hidden layer (a GaussianRouter).
     rates: N per hidden layer; a layer of rate None has no mask and needs no code.
+    block: this FFN's number in the model, for noise of its own.
     z "independent": a router per hidden layer. "shared": one z, read by each layer's own W_z.
     "hierarchical": the next density sees the previous z, coarse to fine:
     z_{i+1} ~ N(mu_i(x, z_i), Sigma_i(x, z_i)). Hidden layers from mean_from on use z = mu.
     """
 
-    def __init__(self, make_density, dz, rates, z="independent", mean_from=None):
+    def __init__(self, density, d_model, rates, z="independent", mean_from=None, block=0):
         super().__init__()
         self.rates, self.z = rates, z
         self.mean_from = len(rates) if mean_from is None else mean_from
         self.masked = [i for i, rate in enumerate(rates) if rate is not None]
         self.densities = nn.ModuleDict()
+        d_in = d_model
         for i in self.masked[:1] if z == "shared" else self.masked:
-            extra = dz if z == "hierarchical" and i != self.masked[0] else 0
-            self.densities[str(i)] = make_density(i, extra, i >= self.mean_from)
+            router = density(d_in, mean=i >= self.mean_from, stream=block * len(rates) + i)
+            self.densities[str(i)] = router
+            d_in = d_model + (router.dz if z == "hierarchical" else 0)
 
     @property
     def n_choices(self) -> list[int]:

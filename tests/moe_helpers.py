@@ -5,6 +5,7 @@ New routers, balances, experts and flavours enter FAMILIES and CELLS by moe.py's
 """
 import argparse
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -81,11 +82,8 @@ def initialise(module, *stds):
 def code_router(d_model, dz, n_samples, rates, z="independent", mean_from=None, mean=False,
                 layer=0, **options):
     """A CodeRouter over Gaussian densities, as model.py makes it."""
-    def density(i, extra, is_mean):
-        return moe.GaussianRouter(d_model + extra, dz, n_samples, mean=is_mean,
-                                  stream=layer * len(rates) + i, **options)
-
-    return CodeRouter(density, dz, rates, z, 0 if mean else mean_from)
+    density = functools.partial(moe.GaussianRouter, dz=dz, n_samples=n_samples, **options)
+    return CodeRouter(density, d_model, rates, z, 0 if mean else mean_from, layer)
 
 
 def random_tokens(batch, length, vocab_size=257, seed=0):
