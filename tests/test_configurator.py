@@ -1,7 +1,7 @@
-"""configurator.py: values, precedence, config files, and one line with exit code 2 for every
-mistake."""
-
+"""configurator.py: values, precedence, config files, one line and exit code 2 for a mistake."""
+import contextlib
 import dataclasses
+import io
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configurator import field_comments, parse
+from configurator import parse
 from model import ModelConfig
 from moe import FLAVOURS
+from support.usage import field_comments
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,12 +54,10 @@ def run(*argv, words=("config",)):
     return parse(Model, Train, argv=list(argv), words=words)
 
 
-def mistake(capsys, *argv, words=("config",), make=None):
+def mistake(capsys, *argv, words=("config",), make=Model):
     """The one line that a mistake prints; exit code 2 and no traceback."""
     with pytest.raises(SystemExit) as stop:
-        parsed = run(*argv, words=words)
-        if make:
-            parsed.make(make)
+        run(*argv, words=words).make(make)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1, err
     assert err.startswith("error: "), err
@@ -71,72 +70,51 @@ def config(tmp_path, text, name="config.py"):
     return str(path)
 
 
+def python(code, folder):
+    """What a program prints, on stdout and stderr."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    return done.stdout, done.stderr
+
+
 # ---- 1. values
 
 GOOD = [  # option, value, the edge
-    ("--lr=1", "lr", 1.0),  # an int is a float
-    ("--lr=1e-5", "lr", 1e-5),
-    ("--lr=-.5", "lr", -0.5),
-    ("--lr=inf", "lr", float("inf")),  # grad_clip=inf means something; nan never does
-    ("--n_layer=12", "n_layer", 12),
-    ("--n_layer=1e9", "n_layer", 10**9),
-    ("--n_layer=1_000", "n_layer", 1000),
-    ("--n-layer=3", "n_layer", 3),  # hyphens and underscores are the same
-    ("--top_k=None", "top_k", None),
-    ("--top_k=2", "top_k", 2),
-    ("--name=None", "name", "None"),  # a str stays what was typed
-    ("--name=12", "name", "12"),
-    ("--name=", "name", ""),
-    ("--name=a=b==c", "name", "a=b==c"),  # values may contain =
-    ("--name=--x", "name", "--x"),
-    ("--arch=llama", "arch", "llama"),
-    ("--arch=LLAMA", "arch", "llama"),
-    ("--bias=false", "bias", False),
-    ("--bias=0", "bias", False),
-    ("--bias", "bias", True),
-    ("--compile", "compile", "true"),  # a bare flag where true is among the choices
-    ("--compile=False", "compile", "false"),
-    ("--plan", "plan", True),
-    ("--plan=1", "plan", 1),  # a number before a truth value
-    ("--plan=false", "plan", False),
-    ("--rate=None", "rate", None),
-    ("--rate=0.25", "rate", 0.25),
-    ("--rate=0.25,1", "rate", (0.25, 1)),
-    ("--rate=(0.5, None, 0.25)", "rate", (0.5, None, 0.25)),
-    ("--rate=0.5,", "rate", (0.5,)),
-    ("--betas=0.9,0.999", "betas", (0.9, 0.999)),
-    ("--betas=()", "betas", ()),
-    ("--betas=4", "betas", (4,)),
-    ("--sizes=a,b", "sizes", ("a", "b")),
+    ("--lr=1", 1.0), ("--lr=1e-5", 1e-5), ("--lr=-.5", -0.5),  # an int is a float
+    ("--lr=inf", float("inf")),  # grad_clip=inf means something; nan never does
+    ("--n_layer=12", 12), ("--n_layer=1e9", 10**9), ("--n_layer=1_000", 1000),
+    ("--n-layer=3", 3),  # hyphens and underscores are the same
+    ("--top_k=None", None), ("--top_k=2", 2),
+    ("--name=None", "None"), ("--name=12", "12"), ("--name=", ""),  # a str stays what was typed
+    ("--name=a=b==c", "a=b==c"), ("--name=--x", "--x"),  # values may contain =
+    ("--arch=llama", "llama"), ("--arch=LLAMA", "llama"),
+    ("--bias=false", False), ("--bias=0", False), ("--bias", True),
+    ("--compile", "true"), ("--compile=False", "false"),  # bare, as true is among the choices
+    ("--plan", True), ("--plan=1", 1), ("--plan=false", False),  # a number before a truth value
+    ("--rate=None", None), ("--rate=0.25", 0.25), ("--rate=0.25,1", (0.25, 1)),
+    ("--rate=(0.5, None, 0.25)", (0.5, None, 0.25)), ("--rate=0.5,", (0.5,)),
+    ("--betas=0.9,0.999", (0.9, 0.999)), ("--betas=()", ()), ("--betas=4", (4,)),
+    ("--sizes=a,b", ("a", "b")),
 ]
 
 
-@pytest.mark.parametrize("option, key, value", GOOD, ids=[case[0] for case in GOOD])
-def test_value(option, key, value):
-    got = run(option).given
+@pytest.mark.parametrize("option, value", GOOD, ids=[case[0] for case in GOOD])
+def test_value(option, value):
+    key, got = option[2:].split("=")[0].replace("-", "_"), run(option).given
     assert got == {key: value} and type(got[key]) is type(value)
 
 
 BAD = [  # option, what the line says
-    ("--n_layer=2.5", "expected int, got '2.5'"),
-    ("--n_layer=True", "expected int"),
-    ("--n_layer=nan", "expected int"),
-    ("--n_layer=1e999", "expected int"),
+    ("--n_layer=2.5", "expected int, got '2.5'"), ("--n_layer=True", "expected int"),
+    ("--n_layer=nan", "expected int"), ("--n_layer=1e999", "expected int"),
     ("--n_layer=", "expected int, got ''"),
-    ("--lr=nan", "expected float"),
-    ("--lr=fast", "expected float, got 'fast'"),
-    ("--arch=lama", "expected gpt2|llama, got 'lama'"),
-    ("--bias=maybe", "expected bool"),
-    ("--rate=a", "expected float|tuple|None"),
-    ("--betas=0.9,x", "expected tuple"),
+    ("--lr=nan", "expected float"), ("--lr=fast", "expected float, got 'fast'"),
+    ("--arch=lama", "expected gpt2|llama, got 'lama'"), ("--bias=maybe", "expected bool"),
+    ("--rate=a", "expected float|tuple|None"), ("--betas=0.9,x", "expected tuple"),
     ("--top_k=none at all", "expected int|None"),
     ("--n_layre=2", "unknown option --n_layre: did you mean --n_layer?"),
-    ("--n-layre=2", "did you mean --n_layer?"),
-    ("--zzzzzz=2", "--help"),
-    ("-n_layer=2", "two hyphens: --n_layer=2"),
-    ("n_layer=2", "two hyphens: --n_layer=2"),
-    ("--lr", "--lr needs a value: float"),
-    ("--name", "--name needs a value: str"),
+    ("--n-layre=2", "did you mean --n_layer?"), ("--zzzzzz=2", "--help"),
+    ("-n_layer=2", "two hyphens: --n_layer=2"), ("n_layer=2", "two hyphens: --n_layer=2"),
+    ("--lr", "--lr needs a value: float"), ("--name", "--name needs a value: str"),
     ("--", "unknown option --"),
 ]
 
@@ -146,16 +124,18 @@ def test_bad_value(option, line, capsys):
     assert line in mistake(capsys, option)
 
 
-def test_value_as_the_next_word():
-    assert run("--lr", "1", "--bias", "--n-layer", "3").given == {"lr": 1.0, "bias": True,
-                                                                  "n_layer": 3}
-    assert run("--lr", "-1").given == {"lr": -1.0}  # a negative number is no option
-    assert run("--bias", "false").given == {"bias": False}
-    assert run("--lr=1", "--lr=2").given == {"lr": 2.0}  # the last one counts
+@pytest.mark.parametrize("argv, given", [
+    ("--lr 1 --bias --n-layer 3", {"lr": 1.0, "bias": True, "n_layer": 3}),
+    ("--lr -1", {"lr": -1.0}),  # a negative number is no option
+    ("--bias false", {"bias": False}),
+    ("--bias --lr=2", {"bias": True, "lr": 2.0}),  # an option leaves a bare flag
+    ("--lr=1 --lr=2", {"lr": 2.0}),  # the last one counts
+])
+def test_value_as_the_next_word(argv, given):
+    assert run(*argv.split()).given == given
 
 
-def test_next_word_that_is_an_option_leaves_a_bare_flag(capsys):
-    assert run("--bias", "--lr=2").given == {"bias": True, "lr": 2.0}
+def test_an_option_is_no_value(capsys):
     assert "--lr needs a value" in mistake(capsys, "--lr", "--bias")
 
 
@@ -197,8 +177,8 @@ def test_config_is_python(tmp_path):
 def test_config_builds_on_another(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     config(tmp_path, "lr = 2.0\nn_layer = 4\n", "base_of_a_test.py")
-    assert run(config(tmp_path, "from base_of_a_test import *\nlr = 3\n")).given == {"lr": 3.0,
-                                                                                     "n_layer": 4}
+    path = config(tmp_path, "from base_of_a_test import *\nlr = 3\n")
+    assert run(path).given == {"lr": 3.0, "n_layer": 4}
 
 
 def test_project_root_is_importable_from_anywhere(tmp_path):
@@ -209,9 +189,7 @@ from configurator import parse
 sys.path[:] = [folder for folder in sys.path if folder != {str(ROOT)!r}]
 schema = dataclasses.make_dataclass("Schema", [("lr", float, 1.0)])
 print(parse(schema, argv=[{path!r}], words=("config",)).given)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert done.stdout.strip() == "{'lr': 2.0}", done.stderr
+    assert python(code, tmp_path) == ("{'lr': 2.0}\n", "")
 
 
 BAD_CONFIGS = [  # text, what the line says
@@ -245,30 +223,31 @@ def test_missing_config_names_the_nearest(tmp_path, capsys):
     assert "no config file" in mistake(capsys, str(tmp_path))  # a folder
 
 
-@settings(max_examples=60, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
+def fuzz(examples):
+    return settings(max_examples=examples, deadline=None,
+                    suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def parses_or_fails_in_one_line(capsys, *argv, words):
+    try:
+        run(*argv, words=words)
+    except SystemExit as stop:
+        assert stop.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@fuzz(60)
 @given(st.one_of(st.binary(max_size=60),
                  st.text(max_size=60).map(lambda s: ("lr = " + s).encode("utf-8", "replace"))))
 def test_fuzz_config_text(tmp_path, capsys, text):
-    """Whatever stands in the file: it parses, or one line and exit code 2."""
-    try:
-        run(config(tmp_path, text))
-    except SystemExit as stop:
-        err = capsys.readouterr().err.strip().splitlines()
-        assert stop.code == 2 and err[-1].startswith("error: "), err
+    parses_or_fails_in_one_line(capsys, config(tmp_path, text), words=("config",))
 
 
-@settings(max_examples=150, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzz(150)
 @given(st.lists(st.one_of(st.text(max_size=12),
                           st.sampled_from(["--lr", "--bias=", "--rate=", "--top_k"])), max_size=4))
 def test_fuzz_command_line(capsys, argv):
-    if "--help" in argv or "-h" in argv:
-        return
-    try:
-        run(*argv, words=("rest*",))
-    except SystemExit as stop:
-        assert stop.code == 2 and capsys.readouterr().err.startswith("error: ")
+    if "--help" not in argv and "-h" not in argv:
+        parses_or_fails_in_one_line(capsys, *argv, words=("rest*",))
 
 
 # ---- 4. schemas and help
@@ -279,56 +258,55 @@ def test_post_init_becomes_one_line(capsys):
 
 
 def test_required_field(capsys):
-    @dataclass
-    class Needs:
-        path: str
-
-    with pytest.raises(SystemExit) as stop:
-        parse(Needs, argv=[]).make(Needs)
-    assert stop.value.code == 2 and "--path is required" in capsys.readouterr().err
+    Needs = dataclasses.make_dataclass("Needs", [("path", str)])
+    assert "--path is required" in mistake(capsys, make=Needs)
     assert parse(Needs, argv=["--path=x"]).make(Needs).path == "x"
 
 
 def test_one_namespace():
-    @dataclass
-    class Again:
-        lr: float = 0.0
-
+    Again = dataclasses.make_dataclass("Again", [("lr", float, 0.0)])
     with pytest.raises(TypeError, match=r"Again\.lr"):
         parse(Model, Again, argv=[])
 
 
-def test_help(capsys, monkeypatch):
+def help_of(*schemas, argv=("-h",), **options):
+    """What --help prints, with exit code 0."""
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(out):
+        parse(*schemas, argv=list(argv), **options)
+    assert stop.value.code == 0
+    return out.getvalue()
+
+
+def test_help(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        parse(Model, Train, argv=["--n_layer=oops", "--help"], words=("config", "rest*"),
-              doc="What it does.\nMore.")
-    out = capsys.readouterr().out
-    lines = {line.split("=")[0].strip(): line for line in out.splitlines()
+    out = help_of(Model, Train, argv=["--n_layer=oops", "--help"], words=("config", "rest*"),
+                  doc="What it does.\nMore.")
+    assert "[config] [rest ...] [--key=value ...]" in out and "What it does.\nMore." in out
+    lines = {line.split("=")[0].strip(): " ".join(line.split()) for line in out.splitlines()
              if line.startswith("  --")}
-    assert stop.value.code == 0 and "[config] [rest ...] [--key=value ...]" in out
-    assert "What it does.\nMore." in out
-    assert lines.keys() == {f"--{name}"
-                            for name in [*Model.__dataclass_fields__, *Train.__dataclass_fields__]}
-    assert " ".join(lines["--lr"].split()) == "--lr=float 0.001 learning rate # with a second hash"
+    assert list(lines) == [f"--{f.name}" for s in (Model, Train) for f in dataclasses.fields(s)]
+    assert lines["--lr"] == "--lr=float 0.001 learning rate # with a second hash"
     assert lines["--name"].endswith("a hash and its comment goes on for three lines")
     assert "'a#b'" in lines["--name"]
-    assert " ".join(lines["--arch"].split()) == "--arch=gpt2|llama 'gpt2' größer ≥ 1"
-    assert " ".join(lines["--top_k"].split()) == "--top_k=int|None 4 None: all"
-    assert " ".join(lines["--tags"].split()) == "--tags=list []"
+    assert lines["--arch"] == "--arch=gpt2|llama 'gpt2' größer ≥ 1"
+    assert lines["--top_k"] == "--top_k=int|None 4 None: all"
+    assert lines["--tags"] == "--tags=list []"
 
 
 @pytest.mark.parametrize("columns", [60, 100])
-def test_help_is_as_wide_as_the_terminal(columns, capsys, monkeypatch):
+def test_help_is_as_wide_as_the_terminal(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    with pytest.raises(SystemExit):
-        parse(Model, Train, argv=["-h"], words=("config",), doc="What it does.")
-    out = capsys.readouterr().out
+    out = help_of(Model, Train, words=("config",), doc="What it does.")
     assert columns - 20 < max(map(len, out.splitlines())) < columns
     assert "holds a hash and its comment goes on for three lines" in " ".join(out.split())
 
 
-
+@pytest.mark.parametrize("script, usage", [("train.py", "train.py"),
+                                           ("lab/bench.py", "-m lab.bench")])
+def test_help_says_how_the_program_is_started(script, usage, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script)])
+    assert help_of(Model).startswith(f"usage: python {usage} [--key=value ...]")
 
 
 @pytest.mark.parametrize("schema", [ModelConfig, TrainConfig])
@@ -341,16 +319,12 @@ def test_help_says_what_none_means(schema):
     assert not silent
 
 
-def test_help_without_source(capsys):
-    namespace = {"dataclass": dataclass}
-    exec("@dataclass\nclass Typed:\n    lr: float = 1.0  # no file holds this\n", namespace)
-    with pytest.raises(SystemExit):
-        parse(namespace["Typed"], argv=["-h"])
-    assert "--lr=float" in capsys.readouterr().out
+def test_help_without_source():
+    Typed = dataclasses.make_dataclass("Typed", [("lr", float, 1.0)])  # no file holds it
+    assert "--lr=float" in help_of(Typed)
 
 
 def test_nothing_runs_on_import():
     code = ("import configurator, prepare_data, sys; "
             "print(sorted({'torch', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert python(code, ROOT) == ("[]\n", "")
