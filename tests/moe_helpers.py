@@ -51,13 +51,11 @@ def cover_the_registries():
              "expert": moe.BANKS}
     for field, registry in parts.items():
         for name in registry.keys() - {getattr(c, field) for c in configs}:
-            more = dict(flavour="topk", n_experts=4, pool_groups=1)
-            if field == "flavour":
-                more = {}
-            if field == "router" and "layer" not in moe.ROUTERS[name].supports:
-                more["balance"] = "none"
+            more = dict(flavour="topk", n_experts=4, pool_groups=1) if field != "flavour" else {}
             if field == "router":
-                more["top_k"] = min(2, moe.ROUTERS[name].max_top_k or 2)
+                more["top_k"] = min(2, registry[name].max_top_k or 2)
+                if "layer" not in registry[name].supports:
+                    more["balance"] = "none"
             FAMILIES[f"{field}={name}"] = {**more, field: name}
 
 
@@ -65,8 +63,7 @@ cover_the_registries()
 
 
 def build(seed=0, std=0.2, **overrides):
-    """A small model whose weights are large enough that routing differs between tokens and errors
-    show."""
+    """A small model whose weights are large enough that tokens route differently."""
     torch.manual_seed(seed)
     return GPT(small(**{"init_std": std, **overrides}))
 
@@ -90,13 +87,12 @@ def random_tokens(batch, length, vocab_size=257, seed=0):
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-TEXT = torch.tensor(list(b"\n".join(Path(m.__file__).read_bytes()
-                                    for m in (argparse, textwrap, difflib, json))))
+MODULES = (argparse, textwrap, difflib, json)
+TEXT = torch.tensor(list(b"\n".join(Path(m.__file__).read_bytes() for m in MODULES)))
 
 
 def real_text(batch, length, seed=0):
-    """tokens, targets (B, S): windows of the running interpreter's own standard library, as
-    bytes."""
+    """tokens, targets (B, S): windows of the interpreter's own library, as bytes."""
     starts = torch.randint(len(TEXT) - length, (batch, 1),
                            generator=torch.Generator().manual_seed(seed))
     windows = TEXT[starts + torch.arange(length + 1)]  # (B, S+1)
@@ -140,8 +136,7 @@ def literal_activation(h, activation):
 
 
 def literal_moe(x, layer, bank, token_ids=None):
-    """y = sum_k gate_k W_out act(W_in x) (+ always-on experts): token by token, choice by
-    choice."""
+    """sum_k gate_k W_out act(W_in x) + always-on experts: token by token, choice by choice."""
     routing, rows, kept = layer.router(x, None, token_ids), [], []
     for t in range(len(x)):
         y, acts = torch.zeros_like(x[t]), []
@@ -157,38 +152,35 @@ def literal_moe(x, layer, bank, token_ids=None):
 
 def literal_mask(scores, n_keep):
     """Exactly n_keep raw values of a row (F,), the largest, ties to the lowest index."""
-    if n_keep is None:
-        return None
-    order = sorted(range(len(scores)), key=lambda j: (-scores[j].item(), j))[:n_keep]
+    kept = sorted(range(len(scores)), key=lambda j: (-scores[j].item(), j))[:n_keep]
     keep = torch.zeros(len(scores), dtype=torch.bool)
-    keep[order] = True
+    keep[kept] = True
     return torch.where(keep, scores, torch.zeros_like(scores))
+
+
+def literal_hidden(pre, mask, bank):
+    """One hidden layer from W h: act(W h), m * act(W h), or act(m * W h)."""
+    if mask is None:
+        return literal_activation(pre, bank.activation)
+    if bank.mask == "post":
+        return mask * literal_activation(pre, bank.activation)
+    if bank.activation == "swiglu":  # act(m * W_g x) * (W_u x)
+        mask = torch.cat((mask, torch.ones_like(mask)))
+    return literal_activation(mask * pre, bank.activation)
 
 
 def literal_continuous(x, codes, bank):
     """y = (1/K) sum_k f(x, z_k), every f a whole FFN of H hidden layers, token by token."""
     samples = max((c.z.shape[1] for c in codes if c is not None), default=1)
-    rows = []
-    for t in range(len(x)):
-        total = 0
-        for k in range(samples):
-            h, mask = x[t], None
-            for i, w in enumerate(bank.w_in):
-                if codes[i] is not None and (not bank.share_mask or mask is None):
-                    z = codes[i].z[t, k if codes[i].z.shape[1] > 1 else 0]
-                    mask = literal_mask(bank.w_z[str(i)] @ z, bank.n_keep[i])
-                m = None if codes[i] is None else mask
-                pre = w @ h
-                if m is None:
-                    h = literal_activation(pre, bank.activation)
-                elif bank.mask == "post":
-                    h = m * literal_activation(pre, bank.activation)
-                elif bank.activation == "gelu":
-                    h = literal_activation(m * pre, "gelu")
-                else:  # act(m * W_g x) * (W_u x)
-                    h = literal_activation(torch.cat((m, torch.ones_like(m))) * pre, "swiglu")
-            total = total + bank.w_out @ h
-        rows.append(total / samples)
+    rows = [0] * len(x)
+    for t, k in itertools.product(range(len(x)), range(samples)):
+        h, mask = x[t], None
+        for i, (w, code) in enumerate(zip(bank.w_in, codes)):
+            if code is not None and (not bank.share_mask or mask is None):
+                z = code.z[t, k if code.z.shape[1] > 1 else 0]
+                mask = literal_mask(bank.w_z[str(i)] @ z, bank.n_keep[i])
+            h = literal_hidden(w @ h, None if code is None else mask, bank)
+        rows[t] = rows[t] + bank.w_out @ h / samples
     return torch.stack(rows)
 
 

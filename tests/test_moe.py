@@ -5,6 +5,7 @@ line; transformers where it has the model.
   2. NormRouter's constant     5. infinity-MoE: routers          8. diagnostics
   3. routers with experts      6. infinity-MoE: the bank
 """
+import importlib
 import itertools
 import math
 
@@ -27,11 +28,9 @@ import losses
 import moe
 from support import noise
 
-T = 7
-D = 5
-E = 6
-K = 3
-WIDTH = 4  # tokens, model width, experts, choices, expert width: all different, none aligned
+T, D, E, K = 7, 5, 6, 3  # tokens, model width, experts, choices: all different, none aligned
+WIDTH = 4  # of an expert
+DZ, SAMPLES = 4, 3  # of a code; per token
 
 
 def normal(*shape, seed=1, dtype=torch.float64):
@@ -39,40 +38,43 @@ def normal(*shape, seed=1, dtype=torch.float64):
 
 
 def make(module, std=0.7):
-    """A module in float64 with weights large enough that nothing is nearly zero."""
+    """A module in float64 without small weights: a zero or a one would hide a missing term."""
     initialise(module, std, std)
-    # also biases, logvar, sigma: a zero or a one hides a missing term
     for p in module.parameters():
         if p.ndim == 1 or not p.any():
             nn.init.normal_(p, mean=0.3, std=0.3)
     return module.double()
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Discrete routers: for every token, the formula in plain Python.
-
-def softmax(logits, router):
-    total = sum(math.exp(z) for z in logits)
-    return [math.exp(z) / total for z in logits]
+def equal(ours, theirs, atol=1e-12):
+    return torch.allclose(ours, theirs, atol=atol)
 
 
-def sigmoid(logits, router):
-    return [1 / (1 + math.exp(-z)) for z in logits]
+def gradients(loss, parameters, **options):
+    return torch.autograd.grad(loss, list(parameters), retain_graph=True, **options)
 
 
-def norm(logits, router):
-    length = math.sqrt(sum(z * z for z in logits))
-    return [router.sigma.item() * router.c * max(0.0, z / (length + 1e-8)) for z in logits]
+def gradients_are_finite_differences(module, outputs, *inputs):
+    """Of outputs(module(*inputs)) in the first input and every parameter."""
+    names, (x, *rest) = [n for n, _ in module.named_parameters()], inputs
+    call = lambda x, *p: outputs(
+        torch.func.functional_call(module, dict(zip(names, p)), (x, *rest)))
+    return gradcheck(call, (x, *module.parameters()), atol=1e-6)
 
 
-LITERAL_SCORES = {"softmax": softmax, "sigmoid": sigmoid, "norm": norm}
+# ---- 1. Discrete routers: for every token, the formula in plain Python.
+
+LITERAL_SCORES = {
+    "softmax": lambda z, router: [math.exp(v) / sum(map(math.exp, z)) for v in z],
+    "sigmoid": lambda z, router: [1 / (1 + math.exp(-v)) for v in z],
+    "norm": lambda z, router: [router.sigma.item() * router.c * max(0, v) / (math.hypot(*z) + 1e-8)
+                               for v in z]}
 
 
 @pytest.mark.parametrize("kind", moe.ROUTERS)
 @pytest.mark.parametrize("top_k", [1, 2, E])
 def test_every_router_gives_a_routing(kind, top_k):
-    """Whatever its formula: shapes, distinct ids in range, finite gates and gradients, float32 for
-    bfloat16 inputs, and the same answer for a token whoever is beside it."""
+    """Shapes, finite gates and gradients, float32 for bfloat16, tokens that ignore each other."""
     if (moe.ROUTERS[kind].max_top_k or E) < top_k:
         return
     router, x, token_ids = make(moe.ROUTERS[kind](D, E, top_k)), normal(T, D), torch.arange(T) * 37
@@ -83,11 +85,10 @@ def test_every_router_gives_a_routing(kind, top_k):
     assert all(part.isfinite().all() for part in routing)
     assert all(len(set(row)) == top_k and set(row) <= set(range(E)) for row in routing.ids.tolist())
     alone = router(x[2:3], None, token_ids[2:3])
-    assert torch.equal(alone.ids[0], routing.ids[2])
-    assert torch.allclose(alone.weights[0], routing.weights[2], atol=1e-12)
+    assert torch.equal(alone.ids[0], routing.ids[2]) and equal(alone.weights[0], routing.weights[2])
     if routing.weights.requires_grad:
-        grads = torch.autograd.grad((routing.weights * normal(T, top_k, seed=3)).sum(),
-                                    [x, *router.parameters()])
+        loss = (routing.weights * normal(T, top_k, seed=3)).sum()
+        grads = gradients(loss, [x, *router.parameters()])
         assert all(g.isfinite().all() for g in grads) and (grads[1].any() or top_k == E)
     else:
         assert not list(router.parameters())
@@ -127,18 +128,13 @@ def test_router_is_the_formula(kind, top_k, normalised, biased):
         router.bias.copy_(normal(E, seed=2))
     x = normal(T, D)
     routing = router(x)
-    assert routing.weights.shape == routing.ids.shape == (T, top_k)
-    assert routing.ids.dtype == torch.int64
     for t in range(T):
-        logits = [sum(router.weight[e, d].item() * x[t, d].item() for d in range(D))
-                  for e in range(E)]
+        logits = [sum(a * b for a, b in zip(row, x[t].tolist())) for row in router.weight.tolist()]
         scores = LITERAL_SCORES[kind](logits, router)
-        choice = [s + (router.bias[e].item() if biased else 0) for e, s in enumerate(scores)]
-        ids = sorted(range(E), key=lambda e: -choice[e])[:top_k]
-        chosen = routing.ids[t].tolist()
-        # ids may differ among equals
-        assert [choice[e] for e in chosen] == pytest.approx([choice[e] for e in ids], abs=1e-12)
-        assert len(set(chosen)) == top_k
+        choice = [s + b for s, b in zip(scores, router.bias.tolist() if biased else [0] * E)]
+        chosen = routing.ids[t].tolist()  # among equals any
+        best = sorted(choice, reverse=True)[:top_k]
+        assert [choice[e] for e in chosen] == pytest.approx(best, abs=1e-12)
         gates = [scores[e] for e in chosen]
         if normalised:
             gates = [g / max(sum(gates), 1e-20) for g in gates]
@@ -151,12 +147,8 @@ def test_router_is_the_formula(kind, top_k, normalised, biased):
 @pytest.mark.parametrize("normalised", [False, True])
 def test_router_gradients_are_finite_differences(kind, normalised):
     router, x = make(moe.ROUTERS[kind](D, E, 2, normalised)), normal(T, D).requires_grad_()
-    names = [n for n, _ in router.named_parameters()]
-
-    def weights_and_scores(x, *parameters):
-        out = torch.func.functional_call(router, dict(zip(names, parameters)), (x,))
-        return out.weights, out.scores, out.logits
-    assert gradcheck(weights_and_scores, (x, *router.parameters()), atol=1e-6)
+    differentiable = lambda routing: (routing.weights, routing.scores, routing.logits)
+    assert gradients_are_finite_differences(router, differentiable, x)
 
 
 @pytest.mark.parametrize("name, top_k, n_experts", [
@@ -165,8 +157,7 @@ def test_router_gradients_are_finite_differences(kind, normalised):
     ("mixtral", 1, 6),  # transformers renormalises one gate to 1; we do not, and the test says so
 ])
 def test_router_and_experts_equal_transformers(name, top_k, n_experts):
-    """The same random weights in both: logits, gates, chosen experts, the layer's output and its
-    gradient in x."""
+    """Logits, gates, chosen experts, output and its gradient in x, with the same weights."""
     block = transformers_block(name, top_k, n_experts)
     router_class = moe.SigmoidRouter if name == "deepseek_v3" else moe.SoftmaxRouter
     router = router_class(16, n_experts, top_k, name != "olmoe" and top_k > 1,
@@ -189,65 +180,52 @@ def test_router_and_experts_equal_transformers(name, top_k, n_experts):
     logits, gates, ids = block.gate(x)
     routing = router(x[0])
     assert torch.allclose(routing.logits, logits.view(33, -1), atol=1e-5)
-    order = ids.argsort(-1)
-    our_order = routing.ids.argsort(-1)  # transformers leaves DeepSeek's choice unsorted
+    order, our_order = ids.argsort(-1), routing.ids.argsort(-1)  # DeepSeek's are unsorted there
     assert torch.equal(routing.ids.gather(1, our_order), ids.gather(1, order))
     if top_k == 1:
-        assert torch.equal(gates, torch.ones_like(gates))
-        assert (routing.weights < 1).all()
+        assert (gates == 1).all() and (routing.weights < 1).all()
         return
-    assert torch.allclose(routing.weights.gather(1, our_order), gates.gather(1, order), atol=1e-5)
-    expected = block(x)
-    y, _, _ = moe.MoE(router, bank, shared)(x[0])
-    assert torch.allclose(y, expected[0], atol=1e-4)
+    assert equal(routing.weights.gather(1, our_order), gates.gather(1, order), atol=1e-5)
+    y, expected = moe.MoE(router, bank, shared)(x[0])[0], block(x)[0]
     direction = torch.randn(33, 16)
-    ours, theirs = (torch.autograd.grad((out * direction).sum(), x)[0] for out in (y, expected[0]))
-    assert torch.allclose(ours, theirs, atol=1e-4)
+    ours, theirs = (gradients((out * direction).sum(), [x])[0] for out in (y, expected))
+    assert equal(y, expected, atol=1e-4) and equal(ours, theirs, atol=1e-4)
 
 
 def transformers_block(name, top_k, n_experts):
-    pytest.importorskip("transformers")
-    common = dict(hidden_size=16, num_experts_per_tok=top_k, num_hidden_layers=1,
-                  num_attention_heads=2)
-    if name == "mixtral":
-        from transformers.models.mixtral import modeling_mixtral as m
-        config = m.MixtralConfig(intermediate_size=12, num_local_experts=n_experts, **common)
-        return m.MixtralSparseMoeBlock(config)
-    if name.startswith("olmoe"):
-        from transformers.models.olmoe import modeling_olmoe as m
-        config = m.OlmoeConfig(intermediate_size=12, num_experts=n_experts,
-                               norm_topk_prob=name != "olmoe", **common)
-        return m.OlmoeSparseMoeBlock(config)
-    if name == "qwen3_moe":
-        from transformers.models.qwen3_moe import modeling_qwen3_moe as m
-        config = m.Qwen3MoeConfig(moe_intermediate_size=12, num_experts=n_experts,
-                                  norm_topk_prob=True, **common)
-        return m.Qwen3MoeSparseMoeBlock(config)
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as m
-    config = m.DeepseekV3Config(moe_intermediate_size=12, n_routed_experts=n_experts,
-                                n_shared_experts=2, n_group=1,
-                                topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
-                                **common)
-    return m.DeepseekV3MoE(config)
+    """Every family reads the names it knows."""
+    transformers = pytest.importorskip("transformers")
+    family, prefix, block = {
+        "mixtral": ("mixtral", "Mixtral", "SparseMoeBlock"),
+        "olmoe": ("olmoe", "Olmoe", "SparseMoeBlock"),
+        "olmoe_renormalised": ("olmoe", "Olmoe", "SparseMoeBlock"),
+        "qwen3_moe": ("qwen3_moe", "Qwen3Moe", "SparseMoeBlock"),
+        "deepseek_v3": ("deepseek_v3", "DeepseekV3", "MoE")}[name]
+    n = "n_routed_experts" if family == "deepseek_v3" else "num_experts"
+    n = "num_local_experts" if family == "mixtral" else n
+    more = dict(n_shared_experts=2, n_group=1, topk_group=1, routed_scaling_factor=1.0)
+    config = getattr(transformers, f"{prefix}Config")(
+        hidden_size=16, num_experts_per_tok=top_k, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=12, moe_intermediate_size=12, norm_topk_prob=name != "olmoe",
+        **{n: n_experts}, **(more if family == "deepseek_v3" else {}))
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    return getattr(modeling, prefix + block)(config)
 
 
 def test_routing_is_done_in_float32_under_autocast():
-    """Two experts whose logits differ by less than bfloat16's eight bits: only float32 tells them
-    apart."""
+    """Logits that differ by less than bfloat16's eight bits: only float32 tells them apart."""
     router = moe.SoftmaxRouter(D, 2, 1)
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[1.0] * D, [1.0 + 2e-4] * D]))
-    x = torch.full((3, D), 2.0)
-    for inputs in (x, x.bfloat16()):
+    for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            routing = router(inputs)
+            routing = router(torch.full((3, D), 2.0, dtype=dtype))
         assert routing.logits.dtype == torch.float32
         assert routing.ids.flatten().tolist() == [1, 1, 1]
 
 
 def test_selection_bias_moves_against_the_load():
-    """b += rate * sign(mean - load): overloaded down, idle up, even stays. Never through the
-    forward pass or a gradient."""
+    """b += rate * sign(mean - load), and never by the forward pass or a gradient."""
     router = make(moe.SigmoidRouter(D, 4, 2, True, selection_bias=True))
     router(normal(T, D))
     assert not router.bias.any() and "bias" not in dict(router.named_parameters())
@@ -266,37 +244,26 @@ def test_router_refuses_impossible_top_k(kind, top_k):
         moe.ROUTERS[kind](D, 4, top_k)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. NormRouter: its constant, and tokens that nobody wants.
+# ---- 2. NormRouter: its constant, and tokens that nobody wants.
 
-TABLE = {(8, 1): 2.27, (16, 2): 1.91, (32, 4): 1.77, (64, 1): 3.50, (96, 1): 4.02, (192, 1): 5.17,
-         (288, 1): 6.01, (384, 1): 6.72}
+TABLE = {(8, 1): 2.27, (16, 2): 1.91, (32, 4): 1.77, (64, 1): 3.50,
+         (96, 1): 4.02, (192, 1): 5.17, (288, 1): 6.01, (384, 1): 6.72}
 
 
 @pytest.mark.parametrize("n_experts, top_k", TABLE)
-def test_norm_router_constant_is_the_papers(n_experts, top_k):
-    # the mean of 20,000 is within 1 %; the full count is a slow test
-    draws = {} if n_experts <= 96 else {"n_draws": 20_000}
-    assert moe.norm_router_constant(n_experts, top_k,
-                                    **draws) == pytest.approx(TABLE[n_experts, top_k], rel=0.03)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("n_experts, top_k", TABLE)
-def test_norm_router_constant_with_all_draws(n_experts, top_k):
-    assert moe.norm_router_constant(n_experts, top_k) == pytest.approx(TABLE[n_experts, top_k],
-                                                                       rel=0.03)
+@pytest.mark.parametrize("n_draws", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_norm_router_constant_is_the_papers(n_experts, top_k, n_draws):
+    c = moe.norm_router_constant(n_experts, top_k, n_draws)
+    assert c == pytest.approx(TABLE[n_experts, top_k], rel=0.03)
 
 
 def test_norm_router_constant_by_a_literal_loop():
-    """Another generator, one draw at a time; (2, 1) is the worst case: a quarter of the draws has
-    no positive entry."""
+    """Another generator, one draw at a time; at (2, 1) a quarter has no positive entry."""
     for n_experts, top_k in ((2, 1), (5, 2), (3, 3)):
         total, used = 0.0, 0
         for g in normal(20_000, n_experts, seed=3).tolist():
-            norm = math.sqrt(sum(v * v for v in g))
-            top = sorted((max(0.0, v / norm) for v in g), reverse=True)[:top_k]
-            length = math.sqrt(sum(v * v for v in top))
+            top = sorted((max(0.0, v / math.hypot(*g)) for v in g), reverse=True)[:top_k]
+            length = math.hypot(*top)
             if length >= 0.05:
                 total, used = total + 1 / length, used + 1
         assert moe.norm_router_constant(n_experts, top_k) == pytest.approx(total / used, rel=0.03)
@@ -324,32 +291,25 @@ def test_norm_router_survives_tokens_without_positive_logits(logits):
     router = moe.NormRouter(E, E, K).double()
     router.init_weights(0.1)
     nn.init.eye_(router.weight)  # logits = x
-    x = torch.tensor([logits, [1.0, 2.0, 3.0, -1.0, -2.0, 0.5]], dtype=torch.float64,
-                     requires_grad=True)
+    x = torch.tensor([logits, [1.0, 2, 3, -1, -2, 0.5]]).double().requires_grad_()
     routing = router(x)
-    norm = math.sqrt(sum(z * z for z in logits))
-    expected = sorted((router.c * max(0, z) / (norm + 1e-8) for z in logits), reverse=True)[:K]
+    expected = sorted(LITERAL_SCORES["norm"](logits, router), reverse=True)[:K]
     assert routing.weights[0].tolist() == pytest.approx(expected, abs=1e-12)
     assert len(set(routing.ids[0].tolist())) == K
-    # zero gates count in f like the others
-    assert losses.expert_counts(routing.ids, E).sum() == 2 * K
+    assert losses.expert_counts(routing.ids, E).sum() == 2 * K  # zero gates count like the others
     for scores in (routing.scores, losses.normalise_scores(routing.scores)):
-        x.grad = router.weight.grad = None
         balance = moe.load_balance_loss(scores, losses.expert_counts(routing.ids, E))
-        (routing.weights.sum() + balance).backward(retain_graph=True)
-        assert x.grad.isfinite().all() and router.weight.grad.isfinite().all()
-        assert router.sigma.grad.isfinite().all()
+        grads = gradients(routing.weights.sum() + balance, [x, *router.parameters()])
+        assert all(g.isfinite().all() for g in grads)
     assert losses.routing_entropy(routing.scores).isfinite()
 
 
 def test_norm_router_ignores_the_scale_of_its_input():
-    router = make(moe.NormRouter(D, E, K))
-    x = normal(T, D)
-    assert torch.allclose(router(x).weights, router(1000 * x).weights, atol=1e-9)
+    router, x = make(moe.NormRouter(D, E, K)), normal(T, D)
+    assert equal(router(x).weights, router(1000 * x).weights, 1e-9)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Router, experts, shared experts: the whole layer as a loop over tokens.
+# ---- 3. Router, experts, shared experts: the whole layer as a loop over tokens.
 
 @pytest.mark.parametrize("backend", ["loop", "grouped", "auto"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -368,29 +328,22 @@ def test_moe_layer_is_the_literal_sum(backend, activation, kind, top_k, n_expert
     layer, x = moe.MoE(router, bank, shared), normal(tokens, D).requires_grad_()
     y, routing, acts = layer(x, keep_activations=True)
     expected, expected_acts = literal_moe(x, layer, bank)
-    assert torch.allclose(y, expected, atol=1e-12)
-    assert torch.allclose(acts, expected_acts, atol=1e-12)
-    # activations only when asked for
-    assert torch.allclose(layer(x)[0], y, atol=1e-14) and layer(x)[2] is None
-    targets = [x, *layer.parameters()]
-    directions = normal(*y.shape, seed=4), normal(*acts.shape, seed=5)
-    ours, literal = (torch.autograd.grad((a * directions[0]).sum() + (b * directions[1]).sum(),
-                                         targets)
+    assert equal(y, expected) and equal(acts, expected_acts)
+    assert equal(layer(x)[0], y, 1e-14) and layer(x)[2] is None  # activations only when asked for
+    of_y, of_acts = normal(*y.shape, seed=4), normal(*acts.shape, seed=5)
+    ours, literal = (gradients((a * of_y).sum() + (b * of_acts).sum(), [x, *layer.parameters()])
                      for a, b in ((y, acts), (expected, expected_acts)))
-    for name, a, b in zip(("x", *dict(layer.named_parameters())), ours, literal):
-        assert torch.allclose(a, b, atol=1e-11), name
     idle = [e for e in range(n_experts) if not (routing.ids == e).any()]
-    for name, grad in zip(("x", *dict(layer.named_parameters())), ours):
+    for name, a, b in zip(("x", *dict(layer.named_parameters())), ours, literal):
+        assert equal(a, b, 1e-11), name
         if name.startswith("bank"):
-            assert not grad[idle].any()  # exact zeros, whatever the memory held
+            assert not a[idle].any()  # exact zeros, whatever the memory held
 
 
 def test_pool_is_an_argument_and_equals_a_private_bank():
-    """The same weights as pool or as bank: the same layer, and a pooled layer holds no expert of
-    its own."""
+    """The same weights as pool or as bank; a pooled layer holds no expert of its own."""
     router, bank = make(moe.NormRouter(D, E, 2)), make(moe.ExpertBank(D, WIDTH, E, "swiglu"))
-    x = normal(T, D)
-    pooled = moe.MoE(router)
+    pooled, x = moe.MoE(router), normal(T, D)
     assert torch.equal(pooled(x, pool=bank)[0], moe.MoE(router, bank)(x)[0])
     assert set(pooled.state_dict()) == {"router.weight", "router.sigma"}
 
@@ -398,23 +351,18 @@ def test_pool_is_an_argument_and_equals_a_private_bank():
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("kind", moe.BANKS)
 def test_every_bank_is_a_sum_over_the_chosen_experts(kind, activation):
-    """Whatever an expert is: the output is linear in the gates, a token's output depends on no
-    other token, gates and activations carry finite gradients, an expert that nobody chose has
-    zeros, and what a token uses is no more than what is stored."""
+    """Linear in the gates, token by token; idle experts have zeros; uses no more than is stored."""
     bank, x = make(moe.BANKS[kind](D, WIDTH, E, activation)), normal(T, D).requires_grad_()
     ids, weights = torch.tensor([[0, 4], [4, 2]]).repeat(4, 1)[:T], normal(T, 2).requires_grad_()
     apply = lambda x, w, ids, keep=False: bank(x, moe.Routing(w, ids, None, None), keep)
     y, acts = apply(x, weights, ids, True)
     assert y.shape == (T, D) and acts.shape[:2] == (T, 2)
-    assert torch.allclose(apply(x, weights, ids)[0], y, atol=1e-12)
-    assert apply(x, weights, ids)[1] is None
+    assert equal(apply(x, weights, ids)[0], y) and apply(x, weights, ids)[1] is None
     singles = sum(apply(x, weights[:, k:k + 1], ids[:, k:k + 1])[0] for k in range(2))
-    assert torch.allclose(singles, y, atol=1e-12)
-    assert torch.allclose(apply(x, 3 * weights, ids)[0], 3 * y, atol=1e-12)
-    assert torch.allclose(apply(x[3:4], weights[3:4], ids[3:4])[0], y[3:4], atol=1e-12)
-    assert torch.allclose(apply(x, weights.flip(1), ids.flip(1))[0], y, atol=1e-12)
-    grads = torch.autograd.grad(y.square().sum() + acts.square().sum(),
-                                [x, weights, *bank.parameters()])
+    assert equal(singles, y) and equal(apply(x, 3 * weights, ids)[0], 3 * y)
+    assert equal(apply(x[3:4], weights[3:4], ids[3:4])[0], y[3:4])
+    assert equal(apply(x, weights.flip(1), ids.flip(1))[0], y)
+    grads = gradients(y.square().sum() + acts.square().sum(), [x, weights, *bank.parameters()])
     assert all(g.isfinite().all() and g.any() for g in grads)
     stacked = [(p, g) for p, g in zip(bank.parameters(), grads[2:]) if len(p) == E]
     assert stacked and not any(g[[1, 3, 5]].any() for _, g in stacked)
@@ -422,26 +370,21 @@ def test_every_bank_is_a_sum_over_the_chosen_experts(kind, activation):
     assert 0 < bank.n_active(1) < bank.n_active(2) <= bank.n_active(E) == stored
 
 
-def test_shared_experts_are_the_sum_of_single_ones():
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_shared_experts_are_the_sum_of_single_ones(activation):
     """n always-on experts are one FFN of n times the width: block by block the same numbers."""
-    for activation in ("gelu", "swiglu"):
-        wide = make(moe.FFN(D, 2 * WIDTH, activation))
-        x, total = normal(T, D), 0
-        for i in range(2):
-            rows = torch.arange(i * WIDTH, (i + 1) * WIDTH)
-            rows_in = rows if activation == "gelu" else torch.cat((rows, rows + 2 * WIDTH))
-            h = F.linear(x, wide.w_in.weight[rows_in])
-            total = total + F.linear(torch.stack([literal_activation(r, activation) for r in h]),
-                                     wide.w_out.weight[:, rows])
-        assert torch.allclose(wide(x), total, atol=1e-12)
+    wide, x, total = make(moe.FFN(D, 2 * WIDTH, activation)), normal(T, D), 0
+    for rows in torch.arange(2 * WIDTH).split(WIDTH):
+        rows_in = rows if activation == "gelu" else torch.cat((rows, rows + 2 * WIDTH))
+        h = [literal_activation(r, activation) for r in F.linear(x, wide.w_in.weight[rows_in])]
+        total = total + F.linear(torch.stack(h), wide.w_out.weight[:, rows])
+    assert equal(wide(x), total)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Noise: a pure function that looks like a standard normal.
+# ---- 4. Noise: a pure function that looks like a standard normal.
 
 def kolmogorov_smirnov(samples, cdf):
-    """sqrt(n) times the largest distance between the empirical distribution and cdf; above 1.95
-    with probability 1e-3."""
+    """sqrt(n) * max |empirical distribution - cdf|; above 1.95 with probability 1e-3."""
     x = samples.double().sort().values
     n = len(x)
     expected, steps = cdf(x), torch.arange(n + 1, dtype=torch.float64) / n
@@ -457,13 +400,11 @@ KEYS = noise.noise_seeds(torch.arange(64) + 1000, torch.arange(64))  # 64 sequen
 
 
 def test_kolmogorov_smirnov_can_fail():
-    """The statistic itself: right for normal numbers, far off for a shift of 0.1, a scale of 1.2, a
-    uniform."""
+    """Right for normal numbers, far off for a shift of 0.1, a scale of 1.2, a uniform."""
     g = normal(4096)
-    normal_cdf = torch.special.ndtr
-    assert kolmogorov_smirnov(g, normal_cdf) < 1.95
+    assert kolmogorov_smirnov(g, torch.special.ndtr) < 1.95
     for wrong in (g + 0.1, 1.2 * g, torch.rand(4096) * 3.4 - 1.7):
-        assert kolmogorov_smirnov(wrong, normal_cdf) > 1.95
+        assert kolmogorov_smirnov(wrong, torch.special.ndtr) > 1.95
 
 
 def test_uniform_noise_is_uniform():
@@ -476,18 +417,13 @@ def test_uniform_noise_is_uniform():
         assert abs(ones - 0.5) * 2 * math.sqrt(u.numel()) < 4
 
 
-TOPMOST = torch.tensor([269198])  # with stream 1, number 3 has all of its 24 bits set
-
-
 def test_uniform_noise_stays_below_one():
     """float32 rounds 2^24 - 1/2 up to 2^24; -log(-log(1)) would be Gumbel noise without end."""
-    u = noise.uniform_noise(TOPMOST, 1, 4)
+    topmost = torch.tensor([269198])  # with stream 1, number 3 has all of its 24 bits set
+    u = noise.uniform_noise(topmost, 1, 4)
     assert u[0, 3] == 1 - 2.0**-24 and (u < 1).all()
-
-
-def test_a_mixture_survives_the_topmost_noise():
     router = make(moe.GaussianRouter(D, 3, 1, n_components=4)).float()
-    codes = router(normal(1, 1, D).float(), TOPMOST)
+    codes = router(normal(1, 1, D).float(), topmost)
     codes.z.sum().backward()
     assert codes.z.isfinite().all() and all(p.grad.isfinite().all() for p in router.parameters())
 
@@ -536,14 +472,13 @@ def test_all_64_bits_of_a_key_count(first, second):
 
 
 def test_noise_is_a_pure_function_of_its_keys():
-    """Not of the batch around it, of the generator, of how many samples or components are drawn
-    beside it."""
+    """Not of the batch around it, of the generator, of how many are drawn beside it."""
     keys = noise.noise_seeds(torch.tensor([11, 22, 33]), torch.arange(10))
     torch.manual_seed(1)
     all_of_it = noise.normal_noise(keys, 4, 12)
     torch.manual_seed(2)
-    assert torch.equal(noise.normal_noise(noise.noise_seeds(torch.tensor([22]), torch.arange(4, 7)),
-                                          4, 12), all_of_it[14:17])
+    few = noise.noise_seeds(torch.tensor([22]), torch.arange(4, 7))
+    assert torch.equal(noise.normal_noise(few, 4, 12), all_of_it[14:17])
     # K = 1 draws what K = 2 drew first
     assert torch.equal(noise.normal_noise(keys, 4, 5), all_of_it[:, :5])
     assert torch.equal(noise.uniform_noise(keys, 4, 5), noise.uniform_noise(keys, 4, 12)[:, :5])
@@ -564,19 +499,14 @@ def test_hash_is_one_to_one_and_mixes():
         assert (share - 0.5).abs().max() < 0.1, bit
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Gaussian routers: the densities, their samples, and how hidden layers' codes relate.
-
-DZ, SAMPLES = 4, 3
-
+# ---- 5. Gaussian routers: the densities, their samples, and how hidden layers' codes relate.
 
 def gaussian(**options):
     return make(moe.GaussianRouter(D, DZ, SAMPLES, **{"stream": 2, **options}))
 
 
 def test_gaussian_router_is_the_reparameterised_formula():
-    """z = mu + exp(logvar / 2) * eps, one number at a time; sample k takes the noise k*dz .. k*dz +
-    dz - 1."""
+    """z = mu + exp(logvar / 2) * eps, number by number; sample k has noise k*dz to k*dz + dz."""
     router, x, keys = gaussian(), normal(T, D), torch.arange(T)
     codes = router(x[:, None], keys)
     eps = noise.normal_noise(keys, 2 * 2, SAMPLES * DZ).double()
@@ -586,8 +516,8 @@ def test_gaussian_router_is_the_reparameterised_formula():
         logvar = (router.logvar.weight[c] @ x[t] + router.logvar.bias[c]).item()
         assert codes.mu[t, 0, c].item() == pytest.approx(mu, abs=1e-12)
         assert codes.logvar[t, 0, c].item() == pytest.approx(min(4, max(-10, logvar)), abs=1e-12)
-        assert codes.z[t, k, c].item() == pytest.approx(
-            mu + math.exp(codes.logvar[t, 0, c].item() / 2) * eps[t, k * DZ + c].item(), abs=1e-12)
+        z = mu + math.exp(codes.logvar[t, 0, c].item() / 2) * eps[t, k * DZ + c].item()
+        assert codes.z[t, k, c].item() == pytest.approx(z, abs=1e-12)
 
 
 def test_gaussian_router_starts_at_the_identity_and_clamps():
@@ -602,17 +532,15 @@ def test_gaussian_router_starts_at_the_identity_and_clamps():
 
 def test_gaussian_router_hidden_layer():
     router, x = gaussian(d_hidden=6), normal(T, D)
-    h = x @ router.hidden.weight.T + router.hidden.bias
-    mu = (h * torch.sigmoid(h)) @ router.mu.weight.T + router.mu.bias
-    assert torch.allclose(router(x[:, None], torch.arange(T)).mu[:, 0], mu, atol=1e-12)
+    mu = router.mu(F.silu(x @ router.hidden.weight.T + router.hidden.bias))
+    assert equal(router(x[:, None], torch.arange(T)).mu[:, 0], mu)
 
 
 def test_gaussian_router_mean_needs_no_noise_and_no_sigma():
     router, x = gaussian(mean=True), normal(T, 1, D)
-    codes = router(x, torch.arange(T))
-    assert torch.equal(codes.z, codes.mu) and codes.z.shape == (T, 1, DZ)
-    assert not codes.logvar.exp().any()
-    assert torch.equal(router(x, torch.arange(T) + 99).z, codes.z)
+    codes, other = router(x, torch.arange(T)), router(x, torch.arange(T) + 99)
+    assert torch.equal(codes.z, codes.mu) and torch.equal(codes.z, other.z)
+    assert codes.z.shape == (T, 1, DZ) and not codes.logvar.exp().any()
     assert router.logvar is None and "logvar.weight" not in router.state_dict()
 
 
@@ -623,17 +551,12 @@ def test_gaussian_router_gradients_reach_every_parameter(options):
     (router(x, torch.arange(T)).z * normal(T, 1, DZ, seed=6)).sum().backward()
     for name, p in (("x", x), *router.named_parameters()):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
-    # smooth: finite differences hold (a component's choice jumps)
-    if "n_components" not in options:
-        keys, names = torch.arange(T), [n for n, _ in router.named_parameters()]
-        assert gradcheck(lambda x, *p: torch.func.functional_call(router, dict(zip(names, p)),
-                                                                  (x, keys)).z,
-                         (x, *router.parameters()), atol=1e-6)
+    if "n_components" not in options:  # a component's choice jumps
+        assert gradients_are_finite_differences(router, lambda codes: codes.z, x, torch.arange(T))
 
 
 def test_mixture_draws_components_with_their_probabilities():
-    """A token of fixed mixture weights, 20,000 keys: shares within 4 standard errors, mu and logvar
-    those of the component."""
+    """20,000 keys: shares within 4 standard errors, mu and logvar those of the component."""
     router = moe.GaussianRouter(D, DZ, 1, n_components=3)
     router.init_weights(0.5)
     with torch.no_grad():
@@ -645,18 +568,15 @@ def test_mixture_draws_components_with_their_probabilities():
     codes = router(x, noise.hash32(torch.arange(n)))
     means = router.mu(x[0, 0]).view(3, DZ)
     component = (codes.mu[:, 0, None] - means).abs().sum(-1).argmin(-1)
-    # hard: one component, no blend
-    assert torch.allclose(codes.mu[:, 0], means[component], atol=1e-6)
-    assert torch.allclose(codes.logvar[:, 0], router.logvar.bias.view(3, DZ)[component], atol=1e-6)
+    assert equal(codes.mu[:, 0], means[component], atol=1e-6)  # one component, no blend
+    assert equal(codes.logvar[:, 0], router.logvar.bias.view(3, DZ)[component], atol=1e-6)
     for c, p in enumerate((0.2, 0.3, 0.5)):
         assert abs((component == c).double().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / n)
-    residual = ((codes.z - codes.mu) / (codes.logvar / 2).exp()).flatten()
-    # the component's noise is not the sample's noise
+    residual = ((codes.z - codes.mu) / (codes.logvar / 2).exp()).flatten()  # has noise of its own
     assert kolmogorov_smirnov(residual, torch.special.ndtr) < 1.95
     several = moe.GaussianRouter(D, DZ, 5, n_components=3)
     several.load_state_dict(router.state_dict())
-    picks = several.component(x[:1000], noise.hash32(torch.arange(1000)))
-    # a component per sample
+    picks = several.component(x[:1000], noise.hash32(torch.arange(1000)))  # one per sample
     assert picks.shape == (1000, 5, 3) and picks.argmax(-1).float().std(1).gt(0).any()
 
 
@@ -668,17 +588,15 @@ def test_mixture_gradient_is_the_soft_choices():
     u = noise.uniform_noise(keys, 2 * 2 + 1, SAMPLES * 3).view(T, SAMPLES, 3)
     soft = (router.mixture(x) - torch.log(-torch.log(u))).softmax(-1)
     direction = normal(T, SAMPLES, 3, seed=7)
-    a, b = (torch.autograd.grad((p * direction).sum(), router.mixture.weight)[0]
-            for p in (hard, soft))
-    assert torch.allclose(a, b, atol=1e-6)  # the Gumbel noise is float32
+    a, b = (gradients((p * direction).sum(), [router.mixture.weight])[0] for p in (hard, soft))
+    assert equal(a, b, atol=1e-6)  # the Gumbel noise is float32
 
 
 def test_mixture_at_its_mean_takes_the_likeliest_component():
     router, x = gaussian(n_components=3, mean=True), normal(T, D)
     best = (x @ router.mixture.weight.T + router.mixture.bias).argmax(-1)
-    mu = (x @ router.mu.weight.T + router.mu.bias).view(T, 3, DZ)
-    assert torch.allclose(router(x[:, None], torch.arange(T)).mu[:, 0], mu[torch.arange(T), best],
-                          atol=1e-12)
+    mu = (x @ router.mu.weight.T + router.mu.bias).view(T, 3, DZ)[torch.arange(T), best]
+    assert equal(router(x[:, None], torch.arange(T)).mu[:, 0], mu)
 
 
 def codes_of(z, rates=(0.5, 0.5, 0.5), n_samples=SAMPLES, **options):
@@ -686,18 +604,14 @@ def codes_of(z, rates=(0.5, 0.5, 0.5), n_samples=SAMPLES, **options):
     return router, normal(T, D), torch.arange(T)
 
 
-def test_code_router_independent():
+def test_code_router_independent_and_shared():
     router, x, keys = codes_of("independent", layer=5)
     codes = router(x, keys)
     for i, code in enumerate(codes):
         density = router.densities[str(i)]
         assert density.stream == 5 * 3 + i  # no two hidden layers of the model share their noise
         assert torch.equal(code.z, density(x[:, None], keys).z)
-    eps = [(c.z - c.mu) / (c.logvar / 2).exp() for c in codes]
-    assert not torch.allclose(eps[0], eps[1])
-
-
-def test_code_router_shared():
+    assert not torch.allclose(*((c.z - c.mu) / (c.logvar / 2).exp() for c in codes[:2]))
     router, x, keys = codes_of("shared")
     codes = router(x, keys)
     assert list(router.densities) == ["0"] and all(torch.equal(c.z, codes[0].z) for c in codes)
@@ -707,37 +621,20 @@ def test_code_router_shared():
 
 
 def test_code_router_hierarchical():
-    """z_{i+1} ~ N(mu_i(x, z_i), Sigma_i(x, z_i)), sample by sample."""
+    """z_{i+1} ~ N(mu_i(x, z_i), Sigma_i(x, z_i)): one chain, and the gradient runs through it."""
     router, x, keys = codes_of("hierarchical")
-    codes = router(x, keys)
-    for i in (1, 2):
-        density = router.densities[str(i)]
-        eps = noise.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).view(T, SAMPLES,
-                                                                              DZ).double()
-        for t, k in itertools.product(range(T), range(SAMPLES)):
-            given = torch.cat((x[t], codes[i - 1].z[t, k]))
-            mu = density.mu.weight @ given + density.mu.bias
-            logvar = (density.logvar.weight @ given + density.logvar.bias).clamp(-10, 4)
-            assert torch.allclose(codes[i].z[t, k], mu + (logvar / 2).exp() * eps[t, k], atol=1e-12)
-
-
-def test_code_router_hierarchical_learns_through_the_previous_code():
-    """Coarse to fine is one chain: the last code's gradient runs through all codes before it."""
-    router, x, keys = codes_of("hierarchical")
-    last, literal = router(x, keys)[2].z, None
-    for density in router.densities.values():
-        eps = noise.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).view(T, SAMPLES,
-                                                                              DZ).double()
+    codes, literal = router(x, keys), None
+    for code, density in zip(codes, router.densities.values()):
+        eps = noise.normal_noise(keys, 2 * density.stream, SAMPLES * DZ).double()
         wide = x[:, None].expand(T, SAMPLES, D)
         given = wide if literal is None else torch.cat((wide, literal), -1)
-        literal = density.mu(given) + (density.logvar(given).clamp(-10, 4) / 2).exp() * eps
-    assert torch.allclose(last, literal, atol=1e-12)
-    direction, parameters = normal(T, SAMPLES, DZ, seed=6), list(router.parameters())
-    grads = [torch.autograd.grad((z * direction).sum(), parameters, allow_unused=True)
-             for z in (last, literal)]
+        logvar = density.logvar(given).clamp(-10, 4)
+        literal = density.mu(given) + (logvar / 2).exp() * eps.view(T, SAMPLES, DZ)
+        assert equal(code.z, literal)
+    direction = normal(T, SAMPLES, DZ, seed=6)
+    grads = [gradients((z * direction).sum(), router.parameters()) for z in (codes[2].z, literal)]
     for name, ours, expected in zip(dict(router.named_parameters()), *grads):
-        assert ours is not None and expected.any(), name
-        assert torch.allclose(ours, expected, atol=1e-10), name
+        assert expected.any() and equal(ours, expected, 1e-10), name
 
 
 @pytest.mark.parametrize("z", ["independent", "shared", "hierarchical"])
@@ -752,8 +649,7 @@ def test_code_router_dense_and_mean_layers(z):
         assert torch.equal(code.z, code.mu) and code.z.shape == (T, 1, DZ)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The continuous bank against K literal FFNs.
+# ---- 6. The continuous bank against K literal FFNs.
 
 BANKS = {  # (rates, CodeRouter options, bank options)
     "paper": ((0.25,), {}, {}),
@@ -780,8 +676,7 @@ BANKS = {  # (rates, CodeRouter options, bank options)
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("name", BANKS)
 def test_continuous_ffn_is_k_literal_ffns(name, activation):
-    """Forward and every gradient (x, W_1..W_H, W_2, W_z, mu, logvar, mixture) to 1e-6; with and
-    without kept activations."""
+    """Output and every gradient (x, W_1..W_H, W_2, W_z, router), activations kept or not."""
     rates, density, options = BANKS[name]
     router = make(code_router(D, DZ, SAMPLES, rates, **density))
     bank = make(moe.ContinuousBank(D, 9, DZ, rates, activation, **options))
@@ -790,27 +685,21 @@ def test_continuous_ffn_is_k_literal_ffns(name, activation):
     kept_y, _, acts = layer(x, noise_seeds=keys, keep_activations=True)
     expected, direction = literal_continuous(x, codes, bank), normal(T, D, seed=8)
     names = ["x", *dict(layer.named_parameters())]
-    grads = [torch.autograd.grad((out * direction).sum(), [x, *layer.parameters()],
-                                 retain_graph=True)
-             for out in (expected, y, kept_y)]
-    for out, grad in ((y, grads[1]), (kept_y, grads[2])):
-        assert torch.allclose(out, expected, atol=1e-6)
-        for parameter, ours, literal in zip(names, grad, grads[0]):
-            assert torch.allclose(ours, literal, atol=1e-6), parameter
-            assert literal.any(), parameter
-    # h (T, K, F) before W_2
-    assert torch.allclose(F.linear(acts.mean(1), bank.w_out), expected, atol=1e-9)
+    literal, *ours = (gradients((out * direction).sum(), [x, *layer.parameters()])
+                      for out in (expected, y, kept_y))
+    for name, *grads in zip(names, literal, *ours):
+        assert grads[0].any() and all(equal(g, grads[0], 1e-6) for g in grads), name
+    assert equal(y, expected, 1e-6) and equal(kept_y, expected, 1e-6)
+    assert equal(F.linear(acts.mean(1), bank.w_out), expected, 1e-9)  # h (T, K, F) before W_2
     assert acts.shape == (T, max(c.z.shape[1] for c in codes if c is not None), 9)
 
 
 def test_sum_over_samples_inside_w_out_is_not_right_for_inner_layers():
-    """Why depth > 1 and pre masks do not take the short cut: averaging their masks gives another
-    function."""
+    """Why depth > 1 takes no short cut: averaging its masks gives another function."""
     router = make(code_router(D, DZ, SAMPLES, (0.5, 0.5)))
     bank = make(moe.ContinuousBank(D, 9, DZ, (0.5, 0.5), "gelu"))
-    x = normal(T, D)
+    h = x = normal(T, D)
     codes = router(x, torch.arange(T))
-    h = x
     for w, mask in zip(bank.w_in, bank.masks(codes)):
         h = mask.mean(1) * moe.activate(h @ w.T, "gelu")
     assert not torch.allclose(h @ bank.w_out.T, bank(x, codes)[0], atol=1e-3)
@@ -830,8 +719,7 @@ def test_number_of_kept_neurons(rate, width, n):
 ])
 @pytest.mark.parametrize("n", range(1, 6))
 def test_exactly_n_are_kept_ties_included(scores, n):
-    """Straight and through masks(): equal scores, negative ones (raw values stay negative), signed
-    zeros."""
+    """Straight and through masks(): equal, negative (they stay so) and signed zero scores."""
     row = torch.tensor(scores, dtype=torch.float64)
     expected = literal_mask(row, n)
     assert torch.equal(kernels.topn_mask(row[None], n)[0], expected)
@@ -848,8 +736,7 @@ def test_exactly_n_are_kept_ties_included(scores, n):
 
 @pytest.mark.slow
 def test_exactly_n_of_6144_are_kept():
-    """The width of infmoe_small, on a coarse grid so that thousands of entries tie at the
-    threshold."""
+    """The width of infmoe_small; thousands of entries tie at the threshold of a coarse grid."""
     scores = (normal(64, 6144, dtype=torch.float32) * 4).round() / 4 + 10
     kept = kernels.topn_mask(scores, 1536)
     assert (kept != 0).sum(-1).eq(1536).all()
@@ -888,8 +775,7 @@ def test_more_samples_lower_the_estimators_variance_as_one_over_k():
         assert error < 3 * math.sqrt(variance[1] / draws)
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Losses: literal loops, cases by hand, gradients where they belong.
+# ---- 7. Losses: literal loops, cases by hand, gradients where they belong.
 
 def scores_and_counts(layers, n_experts=E, seed=9):
     """Random softmax scores (T, E) and counts of their top 2, for several layers."""
@@ -899,48 +785,42 @@ def scores_and_counts(layers, n_experts=E, seed=9):
 
 
 def test_pool_loss_is_the_double_loop():
-    """M * sum_i (mean_l f_i^l)(mean_l P_i^l), layer by layer and expert by expert, value and
-    gradient."""
+    """M * sum_i (mean_l f_i^l)(mean_l P_i^l), layer by layer, expert by expert."""
     scores, counts = scores_and_counts(4)
     total = 0
     for i in range(E):
-        f, p = 0, 0
-        for s, n in zip(scores, counts):
-            f = f + n[i].double().item() / n.sum().item() / 4
-            p = p + sum(s[t, i] for t in range(T)) / T / 4
-        total = total + f * p
+        f = sum(n[i].item() / n.sum().item() for n in counts) / 4
+        p = sum(s[t, i] for s in scores for t in range(T)) / T / 4
+        total = total + E * f * p
     loss = moe.pool_loss(scores, counts)
-    assert loss.item() == pytest.approx(E * total.item(), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(loss, scores), torch.autograd.grad(E * total, scores)):
-        assert torch.allclose(a, b, atol=1e-7)  # counts are float32
+    assert loss.item() == pytest.approx(total.item(), rel=1e-6)
+    for a, b in zip(gradients(loss, scores), gradients(total, scores)):
+        assert equal(a, b, 1e-7)  # counts are float32
 
 
 def test_layer_loss_is_switchs_and_no_special_case_of_several_layers():
     scores, counts = scores_and_counts(2)
     singles = [E * sum((n[i] / n.sum()).item() * s[:, i].mean().item() for i in range(E))
                for s, n in zip(scores, counts)]
-    assert [moe.load_balance_loss(s, n).item()
-            for s, n in zip(scores, counts)] == pytest.approx(singles, rel=1e-6)
+    ours = [moe.load_balance_loss(s, n).item() for s, n in zip(scores, counts)]
+    assert ours == pytest.approx(singles, rel=1e-6)
     # mean of products, product of means
     assert moe.pool_loss(scores, counts).item() != pytest.approx(sum(singles) / 2, rel=1e-3)
 
 
 def test_balanced_and_collapsed_by_hand():
-    one_hot = torch.eye(4).repeat(3, 1)  # 12 tokens, evenly over 4 experts, certain
-    even = torch.full((4,), 3.0)
-    assert moe.load_balance_loss(one_hot, even).item() == pytest.approx(1)
-    assert moe.load_balance_loss(torch.full((12, 4), 0.25),
-                                 torch.tensor([12.0, 0, 0, 0])).item() == pytest.approx(1)
-    collapsed = torch.eye(4)[:1].expand(12, 4), torch.tensor([12.0, 0, 0, 0])
-    assert moe.load_balance_loss(*collapsed).item() == pytest.approx(4)  # E
-    # Two layers of a pool, each collapsed onto its own half: as a pool they are balanced, which no
-    # layer loss can say.
+    even, first = torch.full((4,), 3.0), torch.tensor([12.0, 0, 0, 0])  # of 12 tokens
+    undecided, one_hot = torch.full((12, 4), 0.25), torch.eye(4).repeat(3, 1)
+    for scores, counts, expected in ((one_hot, even, 1), (undecided, first, 1),
+                                     (torch.eye(4)[:1].expand(12, 4), first, 4)):  # collapsed: E
+        assert moe.load_balance_loss(scores, counts).item() == pytest.approx(expected)
+    # two layers of a pool, each collapsed onto its own half: balanced, which no layer loss can say
     halves = [torch.tensor([[0.5, 0.5, 0, 0]]).expand(6, 4),
               torch.tensor([[0, 0, 0.5, 0.5]]).expand(6, 4)]
     counts = [torch.tensor([6.0, 6, 0, 0]), torch.tensor([0.0, 0, 6, 6])]
     assert moe.pool_loss(halves, counts).item() == pytest.approx(1)
-    assert [moe.load_balance_loss(s, n).item()
-            for s, n in zip(halves, counts)] == pytest.approx([2, 2])
+    for s, n in zip(halves, counts):
+        assert moe.load_balance_loss(s, n).item() == pytest.approx(2)
     assert moe.pool_loss([halves[0]] * 2, [counts[0]] * 2).item() == pytest.approx(2)
 
 
@@ -951,26 +831,21 @@ def test_balance_loss_does_not_depend_on_how_many_were_counted():
     assert of_a_larger_batch.item() == pytest.approx(loss.item())
 
 
-def test_norm_router_balance_constant():
-    """Balanced, raw NormRouter scores cost sum_e P_e = M * c * E[relu(u)], u on the unit sphere:
-    15.75 at M = 96 and 2.64 at M = 8. Normalised ones cost 1."""
-    for n_experts, expected in ((96, 15.75), (8, 2.64)):
-        # E|u_1|
-        sphere = math.exp(math.lgamma(n_experts / 2) - math.lgamma((n_experts
-                                                                    + 1) / 2)) / math.sqrt(math.pi)
-        assert n_experts * moe.norm_router_constant(n_experts,
-                                                    1) * sphere / 2 == pytest.approx(expected,
-                                                                                     rel=0.01)
-        router = moe.NormRouter(n_experts, n_experts, 1)
-        router.init_weights(0.1)
-        nn.init.eye_(router.weight)
-        routing = router(normal(20_000, n_experts).float())
-        counts = torch.ones(n_experts)
-        assert moe.load_balance_loss(routing.scores, counts).item() == pytest.approx(expected,
-                                                                                     rel=0.03)
-        normalised = moe.load_balance_loss(losses.normalise_scores(routing.scores), counts).item()
-        # tokens without a positive logit add nothing
-        assert normalised == pytest.approx(1, rel=0.01)
+@pytest.mark.parametrize("n_experts, expected", [(96, 15.75), (8, 2.64)])
+def test_norm_router_balance_constant(n_experts, expected):
+    """Balanced, raw NormRouter scores cost sum_e P_e = M * c * E[relu(u)], u on the unit sphere.
+    Normalised ones cost 1: tokens without a positive logit add nothing."""
+    # E|u_1|
+    ratio = math.exp(math.lgamma(n_experts / 2) - math.lgamma((n_experts + 1) / 2))
+    sphere, c = ratio / math.sqrt(math.pi), moe.norm_router_constant(n_experts, 1)
+    assert n_experts * c * sphere / 2 == pytest.approx(expected, rel=0.01)
+    router = moe.NormRouter(n_experts, n_experts, 1)
+    router.init_weights(0.1)
+    nn.init.eye_(router.weight)
+    scores, counts = router(normal(20_000, n_experts).float()).scores, torch.ones(n_experts)
+    assert moe.load_balance_loss(scores, counts).item() == pytest.approx(expected, rel=0.03)
+    normalised = moe.load_balance_loss(losses.normalise_scores(scores), counts).item()
+    assert normalised == pytest.approx(1, rel=0.01)
 
 
 def routers_that_support(*parts):
@@ -983,16 +858,13 @@ def routers_that_support(*parts):
 def test_balance_gradient_reaches_every_router_and_no_expert(kind):
     routers = [make(moe.ROUTERS[kind](D, E, 2)) for _ in range(3)]
     pool, x = make(moe.ExpertBank(D, WIDTH, E, "gelu")), normal(T, D)
-    routings = []
-    for router in routers:
-        routings.append(moe.MoE(router)(x, pool=pool)[1])
-    terms = {"pool": moe.pool_loss([r.scores for r in routings],
-                                   [losses.expert_counts(r.ids, E) for r in routings]),
+    routings = [moe.MoE(router)(x, pool=pool)[1] for router in routers]
+    counts = [losses.expert_counts(r.ids, E) for r in routings]
+    terms = {"pool": moe.pool_loss([r.scores for r in routings], counts),
              "z": sum(moe.z_loss(r.logits) for r in routings)}
     for name, loss in terms.items():
-        grads = torch.autograd.grad(loss, [r.weight for r in routers] + list(pool.parameters()),
-                                    allow_unused=True,
-                                    retain_graph=True)
+        grads = gradients(loss, [*(r.weight for r in routers), *pool.parameters()],
+                          allow_unused=True)
         assert all(g is not None and g.isfinite().all() and g.any() for g in grads[:3]), name
         assert grads[3] is None and grads[4] is None, name
 
@@ -1002,8 +874,8 @@ def test_z_loss():
     expected = sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in logits.tolist()) / T
     assert moe.z_loss(logits).item() == pytest.approx(expected, rel=1e-12)
     assert moe.z_loss(torch.zeros(3, 8)).item() == pytest.approx(math.log(8) ** 2)
-    # no overflow
-    assert moe.z_loss(torch.full((1, 2), 300.0)).item() == pytest.approx((300 + math.log(2)) ** 2)
+    large = moe.z_loss(torch.full((1, 2), 300.0)).item()  # no overflow
+    assert large == pytest.approx((300 + math.log(2)) ** 2)
     assert gradcheck(moe.z_loss, logits)
 
 
@@ -1024,8 +896,7 @@ def test_specialization_is_the_literal_loop(form, k):
     a = normal(T, k, WIDTH).requires_grad_()
     ours, literal = moe.specialization_loss(a, form), literal_specialization(a, form)
     assert ours.item() == pytest.approx(literal.item(), rel=1e-12)
-    grads = [torch.autograd.grad(loss, a)[0] for loss in (ours, literal)]
-    assert torch.allclose(*grads, atol=1e-12)
+    assert equal(*(gradients(loss, [a])[0] for loss in (ours, literal)))
     assert gradcheck(lambda a: moe.specialization_loss(a, form), a)
 
 
@@ -1047,15 +918,12 @@ def test_specialization_on_orthogonal_equal_and_opposite_activations():
 
 def test_specialization_is_computed_in_float32():
     a = normal(64, 2, 32).bfloat16()
-    loss = moe.specialization_loss(a)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(literal_specialization(a.double(), "square").item(),
-                                        rel=1e-5)
+    loss, literal = moe.specialization_loss(a), literal_specialization(a.double(), "square")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(literal.item(), rel=1e-5)
 
 
 def literal_coupling(s, ids, n, next_ids, paths):
-    """- mean_x sum_{e in TopK_l} sum_{v in TopK_{l+1}} w_ev s_e(x) s_v(x), term by term; scores
-    normalised first."""
+    """- mean_x sum_{e in TopK_l} sum_{v in TopK_{l+1}} w_ev s_e s_v, of normalised scores."""
     total = 0
     for t in range(len(s)):
         for e, v in itertools.product(ids[t].tolist(), next_ids[t].tolist()):
@@ -1071,62 +939,51 @@ def test_coupling_is_the_literal_loop(kind, weighted):
     x = normal(T, D)
     a, b = (r(x) for r in routers)
     paths = normal(E, E).softmax(-1).requires_grad_() if weighted else None
-    loss, literal = moe.coupling_loss(a.scores, a.ids, b.scores, b.ids, paths), \
-        literal_coupling(a.scores, a.ids, b.scores, b.ids, paths)
+    loss, literal = (form(a.scores, a.ids, b.scores, b.ids, paths)
+                     for form in (moe.coupling_loss, literal_coupling))
     assert loss.item() == pytest.approx(literal.item(), rel=1e-12)
     weights = [r.weight for r in routers]
-    for ours, theirs in zip(*(torch.autograd.grad(v, weights, retain_graph=True)
-                              for v in (loss, literal))):
-        assert torch.allclose(ours, theirs, atol=1e-12) and theirs.any()
-    if weighted:
-        # an estimate, not a parameter
+    for ours, theirs in zip(gradients(loss, weights), gradients(literal, weights)):
+        assert equal(ours, theirs) and theirs.any()
+    if weighted:  # an estimate, not a parameter
         assert torch.autograd.grad(loss, paths, allow_unused=True) == (None,)
     s, n = a.scores.detach().requires_grad_(), b.scores.detach().requires_grad_()
     assert gradcheck(lambda s, n: moe.coupling_loss(s, a.ids, n, b.ids, paths), (s, n))
 
 
 def test_coupling_by_hand():
-    """mass = minus the product of the two top-K masses; path = the same, weighted by what usually
-    follows."""
+    """mass: minus the product of the two top-K masses; path: weighted by what usually follows."""
     s = torch.tensor([[0.5, 0.3, 0.2]])
     ids, following = torch.tensor([[0, 1]]), torch.tensor([[2, 0]])
-    assert moe.coupling_loss(s, ids, s, following).item() == pytest.approx(-0.8 * 0.7)
-    # unnormalised scores
-    assert moe.coupling_loss(7 * s, ids, s / 3, following).item() == pytest.approx(-0.8 * 0.7)
-    # 0 -> 2, 1 -> 0, 2 -> 1
-    paths = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    assert moe.coupling_loss(s, ids, s, following,
-                             paths).item() == pytest.approx(-(0.5 * 0.2 + 0.3 * 0.5))
-    uniform = torch.full((3, 3), 1 / 3)
-    assert moe.coupling_loss(s, ids, s, following, uniform).item() == pytest.approx(-0.8 * 0.7 / 3)
+    paths = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])  # 0 -> 2, 1 -> 0, 2 -> 1
+    coupling = lambda a, b, *paths: moe.coupling_loss(a, ids, b, following, *paths).item()
+    assert coupling(s, s) == pytest.approx(-0.8 * 0.7)
+    assert coupling(7 * s, s / 3) == pytest.approx(-0.8 * 0.7)  # unnormalised scores
+    assert coupling(s, s, paths) == pytest.approx(-(0.5 * 0.2 + 0.3 * 0.5))
+    assert coupling(s, s, torch.full((3, 3), 1 / 3)) == pytest.approx(-0.8 * 0.7 / 3)
 
 
 def test_neuron_balance_is_the_literal_sum():
-    """F * sum_j q_j mean_{x,k} softmax(W_z z)_j: even use and even scores cost 1, one neuron for
-    all costs F."""
+    """F * sum_j q_j mean_{x,k} softmax(W_z z)_j: even costs 1, one neuron for all costs F."""
     scores, width = normal(T, SAMPLES, 6).requires_grad_(), 6
     counts = torch.tensor([5.0, 0, 3, 2, 0, 1])
-    total = 0
+    total, rows = 0, scores.flatten(0, 1).exp()
     for j in range(width):
-        p = sum(scores[t, k].exp()[j] / scores[t, k].exp().sum() for t in range(T)
-                for k in range(SAMPLES)) / (T * SAMPLES)
+        p = sum(row[j] / row.sum() for row in rows) / len(rows)
         total = total + width * counts[j].item() / 11 * p
     loss = losses.neuron_balance_loss(scores, counts)
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
-    assert torch.allclose(*(torch.autograd.grad(v, scores)[0] for v in (loss, total)), atol=1e-7)
-    assert losses.neuron_balance_loss(torch.zeros(T, 2, 6),
-                                      torch.ones(6)).item() == pytest.approx(1)
-    peaked = torch.tensor([50.0, 0, 0, 0, 0, 0]).expand(T, 2, 6)
-    assert losses.neuron_balance_loss(peaked, torch.tensor([9.0, 0, 0, 0, 0,
-                                                            0])).item() == pytest.approx(6)
+    assert equal(*(gradients(v, [scores])[0] for v in (loss, total)), atol=1e-7)
+    even = losses.neuron_balance_loss(torch.zeros(T, 2, 6), torch.ones(6))
+    first = torch.eye(6)[0]
+    peaked = losses.neuron_balance_loss(50 * first.expand(T, 2, 6), 9 * first)
+    assert even.item() == pytest.approx(1) and peaked.item() == pytest.approx(6)
 
 
 def test_losses_are_pure_functions():
-    """Twice the same value, inputs untouched, no grad mode needed: another codebase may import
-    them."""
+    """Twice the same value, inputs untouched, no grad mode needed: they may be imported."""
     scores, counts = scores_and_counts(2)
-    ids = scores[0].topk(2, -1).indices
-    acts = normal(T, 2, WIDTH)
+    ids, acts = scores[0].topk(2, -1).indices, normal(T, 2, WIDTH)
     calls = [lambda: moe.pool_loss(scores, counts), lambda: moe.z_loss(scores[0]),
              lambda: moe.specialization_loss(acts),
              lambda: moe.coupling_loss(scores[0], ids, scores[1], ids)]
@@ -1138,8 +995,7 @@ def test_losses_are_pure_functions():
     assert all(torch.equal(a, b) for a, b in zip(before, (*scores, *counts, ids, acts)))
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Diagnostics, by hand.
+# ---- 8. Diagnostics, by hand.
 
 def test_expert_counts():
     ids = torch.tensor([[0, 2], [2, 3], [2, 0]])
@@ -1155,25 +1011,21 @@ def test_load_diagnostics():
     assert losses.imbalance(counts).tolist() == [4, 1, 2, 0]
     assert losses.usage_entropy(counts).tolist() == pytest.approx([0, 1, 0.5, 0])
     assert losses.shares(counts)[2].tolist() == [0.5, 0.5, 0, 0]
+    assert losses.usage_entropy(torch.ones(2, 1)).tolist() == [0, 0]  # a single expert: not NaN
 
 
-def test_routing_entropy():
-    # undecided, whatever the scale
-    assert losses.routing_entropy(torch.full((3, 8), 0.3)).item() == pytest.approx(1)
-    assert losses.routing_entropy(torch.eye(4)).item() == pytest.approx(0)
-    mixed = torch.tensor([[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]])
-    assert losses.routing_entropy(mixed).item() == pytest.approx((0.5 + 0) / 2)
-    assert losses.routing_entropy(torch.zeros(2, 4)).item() == 0  # NormRouter, all logits negative
-
-
-def test_entropies_of_a_single_expert_are_zero_not_nan():
-    assert losses.routing_entropy(torch.ones(3, 1)).item() == 0
-    assert losses.usage_entropy(torch.ones(2, 1)).tolist() == [0, 0]
+@pytest.mark.parametrize("scores, expected", [
+    (torch.full((3, 8), 0.3), 1),  # undecided, whatever the scale
+    (torch.eye(4), 0), (torch.tensor([[0.5, 0.5, 0, 0], [1, 0, 0, 0]]), (0.5 + 0) / 2),
+    (torch.zeros(2, 4), 0),  # NormRouter, all logits negative
+    (torch.ones(3, 1), 0),  # a single expert: not NaN
+], ids=str)
+def test_routing_entropy(scores, expected):
+    assert losses.routing_entropy(scores).item() == pytest.approx(expected)
 
 
 def test_paths():
-    """Counts of (this layer's expert, the next layer's) pairs; consistency from first choices
-    only."""
+    """Counts of (expert here, expert in the next layer); consistency of first choices only."""
     ids = torch.tensor([[0, 1], [0, 2], [0, 1], [1, 0]])
     following = torch.tensor([[2, 1], [2, 0], [1, 0], [0, 2]])
     expected = torch.zeros(3, 3)
@@ -1181,8 +1033,7 @@ def test_paths():
         for i, j in itertools.product(e, v):
             expected[i, j] += 1
     assert torch.equal(losses.path_counts(ids, following, 3), expected)
-    # first choices: 0->2, 0->2, 0->1, 1->0. The most frequent successor of 0 is 2 (2 of 3), of 1 is
-    # 0 (1 of 1).
+    # first choices: 0->2, 0->2, 0->1, 1->0: most often 2 follows 0 (2 of 3), 0 follows 1 (1 of 1)
     assert losses.path_consistency(ids, following, 3).item() == pytest.approx(3 / 4)
 
 
