@@ -230,17 +230,16 @@ class ReproduceConfig:
     child: str = ""  # (internal) the one run of this process
 
     def __post_init__(self):
-        def require(name, right, expected):
+        whole = all(isinstance(seed, int) and seed >= 0 for seed in self.seeds)
+        for name, right, expected in (
+                ("size", self.size in SIZES, " or ".join(SIZES)),
+                ("seeds", self.seeds and whole, "whole numbers, such as 1,2,3"),
+                ("jobs", self.jobs >= 1, "1 or more"),
+                ("minutes", self.minutes >= 0, "0 (until all is done) or more"),
+                ("threads", 1 <= self.threads <= os.cpu_count(), f"1 to {os.cpu_count()} (CPUs)"),
+                ("only", self.only.strip(", ") or not self.only, "names that --list shows")):
             if not right:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
-
-        seeds = [seed for seed in self.seeds if isinstance(seed, int) and seed >= 0]
-        require("size", self.size in SIZES, " or ".join(SIZES))
-        require("seeds", seeds and len(seeds) == len(self.seeds), "whole numbers, such as 1,2,3")
-        require("jobs", self.jobs >= 1, "1 or more")
-        require("minutes", self.minutes >= 0, "0 (until all is done) or more")
-        require("threads", 1 <= self.threads <= os.cpu_count(), f"1 to {os.cpu_count()} (CPUs)")
-        require("only", self.only.strip(", ") or not self.only, "names that --list shows")
 
 
 def sweep_names():
@@ -258,13 +257,12 @@ def overrides_of(name):
 
 def settings_of(size, name):
     """-> (the settings of a run, complete, for ModelConfig and TrainConfig; what is special)"""
-    settings = {**SIZES[size], **overrides_of(name)}
-    special = {"stale": False, "tune": None, "width": None, "ffn": 1, "steps": 1}
-    special = {k: settings.pop(k, default) for k, default in special.items()}
-    settings["d_ff"] = int(settings["d_ff"] * special["ffn"])
-    if special["width"] is not None:
+    settings = SIZES[size] | overrides_of(name)
+    special = {k: settings.pop(k, None) for k in ("stale", "tune", "width", "ffn", "steps")}
+    settings["d_ff"] = int(settings["d_ff"] * (special["ffn"] or 1))
+    if special["width"]:
         settings["d_expert"] = int(settings["d_ff"] * special["width"])
-    settings["max_steps"] = int(settings["max_steps"] * special["steps"])
+    settings["max_steps"] = int(settings["max_steps"] * (special["steps"] or 1))
     settings.setdefault("lr", LR[size].get(settings["flavour"], LR[size]["moe"]))
     if special["tune"]:
         settings["dataset"] = "data/prose" if size == "cpu" else "data/prose_gpt2"
@@ -277,9 +275,9 @@ def configs_of(settings, **of_run):
     """-> ModelConfig, TrainConfig"""
     from model import ModelConfig
     from train import TrainConfig
-    fields = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__}
-    model = {k: v for k, v in settings.items() if k not in fields}
-    return ModelConfig(**model), TrainConfig(**fields, **of_run)
+    of_training = TrainConfig.__dataclass_fields__.keys() & settings
+    model = {k: v for k, v in settings.items() if k not in of_training}
+    return ModelConfig(**model), TrainConfig(**{k: settings[k] for k in of_training}, **of_run)
 
 
 def in_json(value):
@@ -297,9 +295,9 @@ def holds(folder, settings):
     except (OSError, ValueError):
         return False
     model, train = (in_json(asdict(config)) for config in configs_of(settings))
-    asked = {k: v for k, v in train.items() if k in settings}
+    asked = train.keys() & settings
     return ((folder / "ckpt.pt").exists() and found["model"] == model
-            and asked == {k: found["train"].get(k) for k in asked})
+            and all(train[k] == found["train"].get(k) for k in asked))
 
 
 # ---- records
@@ -319,36 +317,30 @@ def record_path(size, name, seed):
 def read_record(path):
     """The record in a file; None where there is no file or, after a line on stderr, no record."""
     try:
-        record = json.loads(path.read_bytes())
-        wrong = check_record(record)
+        return check_record(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        wrong = str(error)
-    if wrong:
-        print(f"{path} is damaged and left out ({wrong})", file=sys.stderr)
-    return None if wrong else record
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        print(f"{path} is damaged and left out ({error})", file=sys.stderr)
 
 
 def check_record(record):
-    """What is wrong with a record; an empty string if nothing is."""
-    if not isinstance(record, dict):
-        return f"a {type(record).__name__}, not a record"
+    """The record itself; ValueError or TypeError for another thing."""
     for name, kind in FIELDS.items():
-        if not isinstance(record.get(name), kind):
-            return f"{name} is {record.get(name)!r:.40}"
-    values = [record["val_loss"], record["seconds"], *record["routing"].values(),
-              *record["measures"].values()]
-    for point in record["curve"]:
-        values += point if isinstance(point, list) and len(point) == 3 else [point]
-    odd = [x for x in values if not isinstance(x, NUMBER) or not math.isfinite(x)]
-    return f"{odd[0]!r:.40} is no finite number" if odd else ""
+        if not isinstance(dict(record).get(name), kind):
+            raise ValueError(f"{name} is {dict(record).get(name)!r:.40}")
+    points = [x for tokens, seconds, loss in record["curve"] for x in (tokens, seconds, loss)]
+    for x in (record["val_loss"], record["seconds"], *record["routing"].values(),
+              *record["measures"].values(), *points):
+        if not math.isfinite(x):
+            raise ValueError(f"{x!r:.40} is no finite number")
+    return record
 
 
 def is_current(record):
     """Has a record the settings that the table has now?"""
     name, size = record["run"], record["size"]
-    known = size in SIZES and (name in EXPERIMENTS or name in sweep_names())
+    known = size in SIZES and name in (*EXPERIMENTS, *sweep_names())
     return known and record["settings"] == in_json(settings_of(size, name)[0])
 
 
@@ -363,20 +355,17 @@ def run_one(size, name, seed):
     """Train (or resume) one run, measure it, write its record."""
     from train import train
 
-    settings, special = settings_of(size, name)
-    folder = folder_of(size, name, seed)
-    resume, start = holds(folder, settings), "scratch"
-    if special["tune"]:
-        start = str(folder_of(size, special["tune"], seed))
-    model_config, train_config = configs_of(
+    (settings, special), folder = settings_of(size, name), folder_of(size, name, seed)
+    start = str(folder_of(size, special["tune"], seed)) if special["tune"] else "scratch"
+    resume = holds(folder, settings)
+    configs = configs_of(
         settings, out_dir=str(folder), seed=seed, quiet=True, overwrite=not resume,
         init_from="resume" if resume else start)
     with stale_pool_loss() if special["stale"] else contextlib.nullcontext():
-        result = train(model_config, train_config)
+        result = train(*configs)
     if not result["finished"]:
         sys.exit(128 + signal.SIGTERM)
-    record = make_record(size, name, seed, result["val_loss"])
-    path = record_path(size, name, seed)
+    path, record = record_path(size, name, seed), make_record(size, name, seed, result["val_loss"])
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     write_atomically(path, lambda f: f.write(text.encode()))
@@ -391,22 +380,21 @@ def make_record(size, name, seed, val_loss):
     folder, (settings, _) = folder_of(size, name, seed), settings_of(size, name)
     with open(folder / "log.csv") as f:
         logged = list(csv.DictReader(f))
-    rows = [row for row in logged if row["val_loss"]]
     # by the median speed: a run may have been paused, which a clock would count
     speed = median(float(row["tokens_per_second"]) for row in logged)
-    seconds = lambda row: round(int(row["tokens"]) / speed, 1)
-    curve = [[int(r["tokens"]), seconds(r), round(float(r["val_loss"]), 5)] for r in rows]
-    last = rows[-1]
-    routing = {k: round(float(last[k]), 5) for k in ROUTING_COLUMNS if last.get(k)}
+    curve = [[int(row["tokens"]), round(int(row["tokens"]) / speed, 1),
+              round(float(row["val_loss"]), 5)] for row in logged if row["val_loss"]]
+    last = [row for row in logged if row["val_loss"]][-1]
     model = GPT.from_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    claims = EXPERIMENTS[name][0] if name in EXPERIMENTS else ""
+    claims, c = EXPERIMENTS[name][0] if name in EXPERIMENTS else "", model.config
     measures = measure(model, settings, folder, claims)
     return dict(
         run=name, size=size, seed=seed, settings=settings, val_loss=val_loss,
-        n_params=model.config.n_params(), n_active_params=model.config.n_active_params(),
-        flops_per_token=flops_per_token(model.config), tokens=int(last["tokens"]),
-        seconds=seconds(last), hardware=hardware(), torch=torch.__version__, commit=commit(),
-        routing=routing, curve=curve, measures={k: round(v, 6) for k, v in measures.items()})
+        n_params=c.n_params(), n_active_params=c.n_active_params(),
+        flops_per_token=flops_per_token(c), tokens=curve[-1][0], seconds=curve[-1][1],
+        hardware=hardware(), torch=torch.__version__, commit=commit(), curve=curve,
+        routing={k: round(float(last[k]), 5) for k in ROUTING_COLUMNS if last.get(k)},
+        measures={k: round(v, 6) for k, v in measures.items()})
 
 
 def measure(model, settings, folder, claims):
@@ -430,14 +418,11 @@ def routing_measures(model, tokens):
     import torch
 
     import losses
-    kept, hooks = [], []
+    kept = []
     for block in model.blocks:  # each layer is asked for its experts' activations, too
-        ask = lambda _, args: (*args[:4], True)
-        keep = lambda _, args, output: kept.append(output[2])
-        hooks += [block.ffn.register_forward_pre_hook(ask), block.ffn.register_forward_hook(keep)]
+        block.ffn.register_forward_pre_hook(lambda _, args: (*args[:4], True))
+        block.ffn.register_forward_hook(lambda _, args, output: kept.append(output[2]))
     routings = model(tokens, return_routings=True).routings
-    for hook in hooks:
-        hook.remove()
     n, pairs = model.config.n_experts, list(zip(routings, routings[1:]))
     found = {
         "routing entropy": mean(losses.routing_entropy(r.scores).item() for r in routings),
@@ -556,26 +541,20 @@ def claims_of(text):
 
 def wanted(config):
     """(experiment, seed) in the order of the table, the first seed of all before the second."""
-    names = sweep_names()
-    if not config.sweep:
-        only = set(filter(None, config.only.split(",")))
-        of = {name: set(claims_of(claims)) for name, (claims, _) in EXPERIMENTS.items()}
-        unknown, claims = only - set(of), set.union(*of.values())
-        if unknown - claims:
-            wrong, claims = (", ".join(sorted(names)) for names in (unknown - claims, claims))
-            raise ValueError(f"only={config.only}: {wrong} is no claim ({claims}) "
-                             "and no experiment (--list shows them)")
-        names = [name for name in of if not only or name in only or only & of[name]]
+    only = set(filter(None, config.only.split(",")))
+    of = {name: {name, *claims_of(claims)} for name, (claims, _) in EXPERIMENTS.items()}
+    if wrong := only.difference(*of.values()):
+        raise ValueError(f"only={config.only}: {', '.join(sorted(wrong))} is no claim and no "
+                         "experiment (--list shows them)")
+    names = sweep_names() if config.sweep else [n for n in of if not only or only & of[n]]
     return [(name, seed) for seed in dict.fromkeys(config.seeds) for name in names]
 
 
 def is_ready(size, name, seed):
     """A fine-tuning run waits for the finished run whose model it tunes, in this folder."""
     tune = overrides_of(name).get("tune")
-    if tune is None:
-        return True
-    trained = holds(folder_of(size, tune, seed), settings_of(size, tune)[0])
-    return trained and is_done(size, tune, seed)
+    return not tune or (is_done(size, tune, seed)
+                        and holds(folder_of(size, tune, seed), settings_of(size, tune)[0]))
 
 
 def prepare_runs(config):
@@ -637,18 +616,16 @@ def send(children, number):
 
 def timing():
     """Is something being timed? A lock whose process has gone counts for nothing."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         os.kill(int(Path("out/timing.lock").read_text()), 0)
-    except (OSError, ValueError):
-        return False
-    return True
+        return True
+    return False
 
 
 def start_child(config, name, seed):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
-    options = [f"--child={name}", f"--seeds={seed}", f"--size={config.size}"]
-    words = [sys.executable, "-m", "lab.reproduce", *options]
-    return subprocess.Popen(words, env=environment, preexec_fn=follow_parent)
+    words = ["-m", "lab.reproduce", f"--child={name}", f"--seeds={seed}", f"--size={config.size}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(config.threads)}
+    return subprocess.Popen([sys.executable, *words], env=environment, preexec_fn=follow_parent)
 
 
 def follow_parent():
@@ -664,7 +641,7 @@ def finish(config, name, seed, begun, code):
     stopped = code in (128 + signal.SIGTERM, -signal.SIGTERM)
     how = "stopped, resumes next time" if stopped else f"failed with exit code {code}"
     if code == 0:
-        loss = json.loads(record_path(config.size, name, seed).read_text())["val_loss"]
+        loss = read_record(record_path(config.size, name, seed))["val_loss"]
         how = f"validation loss {loss:.4f} ({(time.monotonic() - begun) / 60:.1f} min)"
     print(f"{name} seed {seed}: {how}", flush=True)
     return stopped or code == 0
@@ -719,9 +696,8 @@ def compare(records, left, right):
     """[(left, right)] over the seeds that both sides of a claim have."""
     def values(side):
         name, _, measure = side.partition(":")
-        values = {r["seed"]: r["measures"].get(measure) if measure else r["val_loss"]
-                  for r in of_name(records, name)}
-        return {seed: value for seed, value in values.items() if value is not None}
+        return {r["seed"]: (r["measures"] | {"": r["val_loss"]})[measure]
+                for r in of_name(records, name) if not measure or measure in r["measures"]}
 
     a, b = values(left), values(right)
     return [(a[seed], b[seed]) for seed in a if seed in b]
@@ -756,10 +732,13 @@ def verdict(differences, common=(0.0, 0)):
         return "undecided at this scale"
     deviation, freedom = max(common[0], stdev(differences)), max(common[1], n - 1)
     margin = T_975[max(k for k in T_975 if k <= freedom)] * deviation / math.sqrt(n)
-    if mean(differences) + margin < 0:
-        return "holds"
-    above = mean(differences) - margin > 0
-    return "does not hold here" if above else "undecided at this scale"
+    if abs(mean(differences)) <= margin:
+        return "undecided at this scale"
+    return "holds" if mean(differences) < 0 else "does not hold here"
+
+
+def commits_of(records):
+    return ", ".join(sorted({r["commit"] for r in records}))
 
 
 def spread(values):
@@ -798,24 +777,22 @@ def measure_rows(records, names):
     """One row per experiment that has a router."""
     for name in names:
         mine = [r["measures"] | r["routing"] for r in of_name(records, name)]
-        for values in mine:  # "balance" is the column's name in older logs
-            values.setdefault("imbalance", values.get("balance"))
+        for values in mine:
+            if "balance" in values:  # the column's name in older logs
+                values["imbalance"] = values["balance"]
         cells = [f"{mean(values[key] for values in mine):.3f}"
-                 if all(values.get(key) is not None for values in mine) else "" for key in MEASURES]
+                 if all(key in values for values in mine) else "" for key in MEASURES]
         if any(cells):
             yield table_row(f"`{name}`", *cells)
 
 
 def sweep_rows(records):
-    """One row per family: the loss at each learning rate of the sweep."""
+    """One row per family: the loss at each learning rate of the sweep, the lowest in bold."""
     for base in SWEPT:
         found = [records.get((f"lr/{base}/{lr}", 1)) for lr in SWEEP]
-        losses = [record["val_loss"] if record else math.inf for record in found]
-        cells = [f"{loss:.4f}" if loss < math.inf else "-" for loss in losses]
-        best = losses.index(min(losses))
-        if losses[best] < math.inf:
-            cells[best] = f"**{cells[best]}**"
-        yield table_row(base, *cells)
+        losses = [f"{record['val_loss']:.4f}" if record else "-" for record in found]
+        best = min((loss for loss in losses if loss != "-"), key=float, default=None)
+        yield table_row(base, *(f"**{loss}**" if loss == best else loss for loss in losses))
 
 
 def report(size):
@@ -856,19 +833,18 @@ ROUTERS_NOTE = "Means over seeds, on 64 held-out windows; imbalance and shares a
 
 
 def report_lines(size, records, suffix):
-    unit, (deviation, freedom) = "byte" if size == "cpu" else "token", common_spread(records)
+    deviation, freedom = common = common_spread(records)
     done = [name for name in EXPERIMENTS if of_name(records, name)]
     machines = {f"{r['hardware']}, torch {r['torch']}" for r in records.values()}
-    figures = ", ".join(f"[{title}](claims{suffix}-{title}.png)" for title in FIGURES)
     yield HEAD.format(
-        size=size, **SIZES[size], unit=unit, n=len(records), machines="; ".join(sorted(machines)),
-        commits=", ".join(sorted({r["commit"] for r in records.values()})), deviation=deviation,
-        freedom=freedom)
+        **SIZES[size], size=size, unit="byte" if size == "cpu" else "token", n=len(records),
+        machines="; ".join(sorted(machines)), commits=commits_of(records.values()),
+        deviation=deviation, freedom=freedom)
     yield from table_head("", "claim", "left", "right", "difference", "seeds", "verdict")
     for claim in CLAIMS:
-        yield claim_row(records, (deviation, freedom), *claim)
+        yield claim_row(records, common, *claim)
     yield "\n## Runs\n\nLoss against tokens, FLOPs and seconds, with the range of the seeds:"
-    yield f"{figures}.\n"
+    yield ", ".join(f"[{title}](claims{suffix}-{title}.png)" for title in FIGURES) + ".\n"
     yield from table_head("run", "validation loss", "seeds", "stored", "active", "tokens", "FLOPs",
                           "seconds")
     for name in done:
@@ -889,14 +865,13 @@ def draw_curves(records, suffix):
     except ImportError:
         return print('no figures: pip install -e ".[plot]"')
     for title, names in FIGURES.items():
-        groups = {name: of_name(records, name) for name in names.split()}
-        groups = {name: group for name, group in groups.items() if group}
+        groups = [group for name in names.split() if (group := of_name(records, name))]
         if not groups:
             continue
         figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
-        for name, group in groups.items():
-            draw_run(panels, name, group)
+        for group in groups:
+            draw_run(panels, group)
         for axes, label in zip(panels, ("tokens (M)", "training FLOPs (1e12)", "seconds")):
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
@@ -904,20 +879,19 @@ def draw_curves(records, suffix):
         panels[0].set_ylabel("validation loss (nats)")
         figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=7,
                       loc="outside lower center", ncols=2)
-        shown = [r for group in groups.values() for r in group]
-        commits = ", ".join(sorted({r["commit"] for r in shown}))
-        tokens = max(r["tokens"] for r in shown) / 1e6
-        heading = f"{tokens:.2f}M tokens, {shown[0]['hardware']}, commit {commits}"
+        shown = [r for group in groups for r in group]
+        tokens, machine = max(r["tokens"] for r in shown) / 1e6, shown[0]["hardware"]
+        heading = f"{tokens:.2f}M tokens, {machine}, commit {commits_of(shown)}"
         figure.suptitle(heading, fontsize=8)
         save = partial(figure.savefig, format="png", metadata={"Software": None})
         write_atomically(f"results/claims{suffix}-{title}.png", save)
 
 
-def draw_run(panels, name, group):
+def draw_run(panels, group):
     """One experiment of a figure: `group` are its records, one a seed."""
-    r, seeds = group[0], f"{len(group)} seed{'s' * (len(group) > 1)}"
-    stored, active = r["n_params"] / 1e6, r["n_active_params"] / 1e6
-    label = f"{name}: {seeds}, {stored:.2f}M stored, {active:.2f}M active"
+    r, n = group[0], len(group)
+    label = (f"{r['run']}: {n} seed{'s' * (n > 1)}, {r['n_params'] / 1e6:.2f}M stored, "
+             f"{r['n_active_params'] / 1e6:.2f}M active")
     points = [list(zip(*of_seeds)) for of_seeds in zip(*(r["curve"] for r in group))]
     tokens, seconds, losses = ([mean(point[i]) for point in points] for i in range(3))
     flops = [t * r["flops_per_token"] / 1e12 for t in tokens]
@@ -931,7 +905,7 @@ def show_list(config):
     rows = []
     for name in dict.fromkeys(name for name, _ in wanted(config)):
         done = [seed for seed in config.seeds if is_done(config.size, name, seed)] or "-"
-        claims = ",".join(claims_of(EXPERIMENTS[name][0])) if name in EXPERIMENTS else ""
+        claims = ",".join(claims_of(EXPERIMENTS.get(name, ("",))[0]))
         rows.append(f"{name:22} claims {claims:14} seeds done {done}  {overrides_of(name)}")
     print("\n".join(rows), flush=True)  # in one piece, so that `--list | head` is no broken pipe
 

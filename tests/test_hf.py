@@ -331,12 +331,10 @@ def test_fine_tuning_step(tmp_path, monkeypatch, capsys):
     import train
     folder, data = saved(hf_model("olmoe"), tmp_path / "hf"), text_shards(tmp_path / "data", 20_000,
                                                                           2_000)
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--init_from=hf:{folder}", f"--dataset={data}",
-                                      f"--out_dir={tmp_path}/out",
-                                      "--max_steps=2", "--batch_tokens=256", "--micro_batch=4",
-                                      "--eval_tokens=256", "--lr=1e-3",
-                                      "--specialization_coef=2e-3", "--coupling_coef=1e-3",
-                                      "--device=cpu", "--dtype=float32"])
+    monkeypatch.setattr(sys, "argv", [
+        "train.py", f"--init_from=hf:{folder}", f"--dataset={data}", f"--out_dir={tmp_path}/out",
+        "--max_steps=2", "--batch_tokens=256", "--micro_batch=4", "--eval_tokens=256", "--lr=1e-3",
+        "--specialization_coef=2e-3", "--coupling_coef=1e-3", "--device=cpu", "--dtype=float32"])
     with pytest.raises(SystemExit) as stop:
         train.main()
     assert stop.value.code == 0

@@ -34,33 +34,23 @@ from support.shards import ShardReader, load_meta, write_shard
 from support.sources import is_validation, split_text, text_blocks
 from support.tokenizer import get_tokenizer
 
-TEXTS = [
-    "one\r\ntwo",
-    "naïve café",
-    "日本語 🙂",
-    "\tdef f():\n        return 1\n",
-    "<|endoftext|>",
-    "x" * 5000,
-    " ",
-    "\x00",
-]
+TEXTS = ["one\r\ntwo", "naïve café", "日本語 🙂", "\tdef f():\n        return 1\n", "<|endoftext|>",
+         "x" * 5000, " ", "\x00"]
 BYTES = get_tokenizer("bytes")
 DOCUMENTS = [f"{i}: {text}" for i in range(40) for text in TEXTS]
 
 
 def jsonl(documents, key="text"):
     """One JSON object a line, every other one with its characters escaped."""
-    lines = [
-        json.dumps({key: text, "n": 1}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)
-    ]
+    lines = [json.dumps({key: text, "n": 1}, ensure_ascii=i % 2 == 0)
+             for i, text in enumerate(documents)]
     return "".join(line + "\n" for line in lines).encode()
 
 
 def parquet(documents, key="text", **options):
     out = io.BytesIO()
-    pyarrow.parquet.write_table(
-        pyarrow.table({"id": list(range(len(documents))), key: documents}), out, **options
-    )
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(documents))), key: documents}),
+                                out, **options)
     return out.getvalue()
 
 
@@ -78,9 +68,8 @@ def make(source, out_dir, **options):
 def tokens_of(folder, split):
     """All tokens of a split, read without any of prepare_data's code."""
     paths = sorted(Path(folder).glob(f"*{split}_*.bin"))
-    return np.concatenate(
-        [np.frombuffer(path.read_bytes()[1024:], "<u2") for path in paths] or [np.empty(0, "<u2")]
-    )
+    return np.concatenate([np.frombuffer(path.read_bytes()[1024:], "<u2") for path in paths]
+                          or [np.empty(0, "<u2")])
 
 
 def documents_of(folder, split, tokenizer=BYTES):
@@ -145,27 +134,16 @@ def test_gpt2_offline(gpt2):
 
 
 def test_gpt2_without_vocabulary_is_one_line(tmp_path):
-    done = run_script(
-        write(tmp_path / "a.txt", "hello"),
-        "--tokenizer=gpt2",
-        f"--out_dir={tmp_path / 'x'}",
-        check=2,
-        TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"),
-        HTTPS_PROXY="http://127.0.0.1:9",
-    )
+    done = run_script(write(tmp_path / "a.txt", "hello"), "--tokenizer=gpt2",
+                      f"--out_dir={tmp_path / 'x'}", check=2,
+                      TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"), HTTPS_PROXY="http://127.0.0.1:9")
     assert done.stderr.count("\n") == 1
     assert "--tokenizer=bytes" in done.stderr
     assert not list(tmp_path.glob("x*"))
 
 
-RUNS = [
-    " " * 10**6,
-    " " * 999_987,
-    " " * 10**6 + "x",
-    "\n" * 10**6 + "x",
-    "x" + " \t" * 10**6 + "x",
-    "\u3000" * 10**6 + "x",
-]
+RUNS = [" " * 10**6, " " * 999_987, " " * 10**6 + "x", "\n" * 10**6 + "x", "x" + " \t" * 10**6
+        + "x", "\u3000" * 10**6 + "x"]
 
 
 @pytest.mark.parametrize("text", RUNS, ids=range(len(RUNS)))
@@ -173,10 +151,8 @@ def test_a_million_spaces(tmp_path, gpt2, text):
     """tiktoken gives up on them; what stands beside them keeps its tokens."""
     ranks = {bytes([i]): i for i in range(256)} | {b"he": 256}
     for tokenizer in (gpt2, get_tokenizer(rank_file(tmp_path / "small.tiktoken", ranks))):
-        ids, beside = (
-            tokenizer.encode("hello world." + text + " hello world"),
-            tokenizer.encode("hello world."),
-        )
+        ids, beside = (tokenizer.encode("hello world." + text + " hello world"),
+                       tokenizer.encode("hello world."))
         assert tokenizer.decode(ids) == "hello world." + text + " hello world"
         assert ids[: len(beside)] == beside
         assert ids[-len(tokenizer.encode(" hello world")) :] == tokenizer.encode(" hello world")
@@ -209,9 +185,8 @@ def test_text_that_the_tokenizer_refuses_is_named(tmp_path, out, monkeypatch, na
 
 
 def rank_file(path, ranks):
-    return write(
-        path, b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    )
+    return write(path, b"".join(base64.b64encode(token) + b" %d\n" % rank
+                                for token, rank in ranks.items()))
 
 
 def test_rank_file(tmp_path):
@@ -241,9 +216,8 @@ def test_rank_file_travels_with_the_data(tmp_path, out, monkeypatch):
     assert Path(meta["tokenizer"]).is_absolute() and ranks == "my.tiktoken"
     assert meta["tokenizer_sha256"] == hashlib.sha256((tmp_path / "gone").read_bytes()).hexdigest()
     rank_file(out / "tokenizer.tiktoken", SINGLE | {b"he": 257, b"lo": 256})
-    with pytest.raises(
-        ValueError, match=r"tokenizer\.tiktoken: not the tokenizer that .* \(SHA-256\)"
-    ):
+    with pytest.raises(ValueError,
+                       match=r"tokenizer\.tiktoken: not the tokenizer that .* \(SHA-256\)"):
         get_tokenizer(meta["tokenizer"], meta["tokenizer_sha256"])
 
 
@@ -293,9 +267,8 @@ def test_shard_layout(tmp_path):
     """The layout of llm.c, written out by hand."""
     write_shard(tmp_path / "train_000000.bin", np.array([1, 256, 65535]))
     header = struct.pack("<256i", 20240520, 1, 3, *[0] * 253)
-    assert (tmp_path / "train_000000.bin").read_bytes() == header + struct.pack(
-        "<3H", 1, 256, 65535
-    )
+    assert (tmp_path / "train_000000.bin").read_bytes() == header + struct.pack("<3H", 1, 256,
+                                                                                65535)
     # no temporary file stays
     assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
 
@@ -336,18 +309,14 @@ def test_bad_shard(tmp_path, content, line):
     assert "train_000001.bin" in str(error.value) and "\n" not in str(error.value)
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=1100), st.tuples(st.integers(0, 1300), st.binary(max_size=8))))
 def test_fuzz_shard(tmp_path, change):
     """Any bytes, or a good shard with some changed or cut: an error that names it, or windows."""
     good = header(count=100) + np.arange(100, dtype="<u2").tobytes()
-    data = (
-        change
-        if isinstance(change, bytes)
-        else good[: change[0]] + change[1] + good[change[0] + len(change[1]) :]
-    )
+    data = (change if isinstance(change, bytes) else good[: change[0]] + change[1]
+            + good[change[0] + len(change[1]) :])
     write(shards(tmp_path) / "train_000000.bin", data)
     try:
         reader = ShardReader(tmp_path, "train", 9, vocab_size=257)
@@ -362,12 +331,8 @@ def test_fuzz_shard(tmp_path, change):
 @pytest.fixture
 def reader(tmp_path):
     """Three shards of 41, 8 and 30 tokens, which name their place: 8 + 1 + 5 windows of 5."""
-    return ShardReader(
-        shards(tmp_path, np.arange(41), 1000 + np.arange(8), 2000 + np.arange(30)),
-        "train",
-        5,
-        seed=7,
-    )
+    return ShardReader(shards(tmp_path, np.arange(41), 1000 + np.arange(8), 2000 + np.arange(30)),
+                       "train", 5, seed=7)
 
 
 STARTS = [*range(0, 40, 5), 1000, *range(2000, 2025, 5)]
@@ -433,9 +398,8 @@ def test_ranks_share_no_window(reader):
     """Rank r of R takes the positions [(aR + r)B, (aR + r + 1)B) in micro-step a: disjoint."""
     for ranks, size in ((2, 2), (7, 1), (1, 14)):
         steps = 14 // (ranks * size)
-        taken = [
-            reader.batch((a * ranks + r) * size, size) for a in range(steps) for r in range(ranks)
-        ]
+        taken = [reader.batch((a * ranks + r) * size, size) for a in range(steps)
+                 for r in range(ranks)]
         rows = [tuple(row) for batch in taken for row in batch.tolist()]
         assert len(set(rows)) == len(rows) == steps * ranks * size
         # the same list for any number of ranks
@@ -448,9 +412,8 @@ def test_far_positions(reader):
 
 def test_id_beyond_the_vocabulary(tmp_path):
     folder = shards(tmp_path, np.arange(250, 300))
-    with pytest.raises(
-        ValueError, match=r"train_000000\.bin: token id 299 is beyond the vocabulary of 257"
-    ):
+    with pytest.raises(ValueError,
+                       match=r"train_000000\.bin: token id 299 is beyond the vocabulary of 257"):
         ShardReader(folder, "train", 49, vocab_size=257).batch(0, 1)
     assert ShardReader(folder, "train", 49, vocab_size=300).batch(0, 1).max() == 299
 
@@ -576,19 +539,16 @@ def test_formats_hold_the_same_documents(tmp_path, out, name, content, options):
     assert 5 < len(val) < 40
     assert meta["documents"] == len(DOCUMENTS)
     assert (meta["tokenizer"], meta["vocab_size"]) == ("bytes", 257)
-    assert (meta["train_tokens"], meta["val_tokens"]) == tuple(
-        len(tokens_of(out, s)) for s in ("train", "val")
-    )
+    assert (meta["train_tokens"], meta["val_tokens"]) == tuple(len(tokens_of(out, s))
+                                                               for s in ("train", "val"))
     for file, shard in meta["shards"].items():
         assert hashlib.sha256((out / file).read_bytes()).hexdigest() == shard["sha256"]
 
 
 def test_folder_of_text_files(tmp_path, out):
     for i in range(50):
-        write(
-            tmp_path / "in" / f"{i % 3}" / f"{i:02d}.{'md' if i % 2 else 'txt'}",
-            f"file {i}\r\nmit Umlaut: ü\n",
-        )
+        write(tmp_path / "in" / f"{i % 3}" / f"{i:02d}.{'md' if i % 2 else 'txt'}",
+              f"file {i}\r\nmit Umlaut: ü\n")
     write(tmp_path / "in" / "picture.png", b"\x89PNG")  # what is no text is passed over
     write(tmp_path / "in" / ".venv" / "hidden.py", "SECRET = 1\n")
     write(tmp_path / "in" / "empty.txt", b"")
@@ -603,9 +563,8 @@ def test_long_file_is_cut_at_line_ends(tmp_path, out):
     make(write(tmp_path / "long.md", "".join(lines)), out, val_fraction=0.5)
     texts = all_documents(out)
     assert len(texts) == 2 and all(text.endswith("\n") for text in texts)
-    assert collections.Counter("".join(texts).splitlines()) == collections.Counter(
-        line[:-1] for line in lines
-    )
+    assert collections.Counter(
+        "".join(texts).splitlines()) == collections.Counter(line[:-1] for line in lines)
 
 
 def essay(seed, n=1500):
@@ -632,9 +591,8 @@ def test_one_txt_is_many_documents(tmp_path, out, text):
     lengths = [len(document) for document in all_documents(out)]
     assert 0.1 < share < 0.3 and 1000 < np.mean(lengths) < 20_000 and max(lengths) < 2**17
     assert "".join(split_text(text)) == text
-    assert sorted(all_documents(out)) == sorted(
-        d for block in text_blocks(Path(path)) for d in block[0]
-    )
+    assert sorted(all_documents(out)) == sorted(d for block in text_blocks(Path(path))
+                                                for d in block[0])
 
 
 def test_txt_split_depends_on_the_text_alone(tmp_path):
@@ -642,11 +600,8 @@ def test_txt_split_depends_on_the_text_alone(tmp_path):
     one, other = essay(1), essay(2)
     kept = {}
     for name, parts in {"a": [one, other], "b": [other, one], "c": [other, one, other]}.items():
-        make(
-            write(tmp_path / f"{name}.txt", "".join(map("".join, parts))),
-            tmp_path / name,
-            val_fraction=0.2,
-        )
+        make(write(tmp_path / f"{name}.txt", "".join(map("".join, parts))), tmp_path / name,
+             val_fraction=0.2)
         held_out = "".join(documents_of(tmp_path / name, "val"))
         kept[name] = {paragraph for paragraph in one + other if paragraph in held_out}
     assert len(kept["a"]) > 300
@@ -659,9 +614,8 @@ def test_share_far_off_is_said(tmp_path):
     """An essay of one paragraph and 128 lines, a document each: most of it is held out."""
     write(tmp_path / "in" / "a.md", "word " * 50_000)
     write(tmp_path / "in" / "b.md", "".join(f"line {i}\n" for i in range(128)))
-    done = run_script(
-        tmp_path / "in", f"--out_dir={tmp_path / 'few'}", "--val_fraction=0.3", check=0
-    )
+    done = run_script(tmp_path / "in", f"--out_dir={tmp_path / 'few'}", "--val_fraction=0.3",
+                      check=0)
     assert "note: " in done.stdout and "30.0% was asked for: 2 documents are few" in done.stdout
     source = write(tmp_path / "a.txt", TXT["paragraphs"])
     done = run_script(source, f"--out_dir={tmp_path / 'many'}", "--val_fraction=0.3", check=0)
@@ -713,13 +667,8 @@ def test_line_that_decompresses_to_gigabytes(tmp_path, out):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9,) * 2)"
     code = f"{limit}; import prepare_data; prepare_data.main()"
     command = [sys.executable, "-c", code, source, f"--out_dir={out}"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     assert "bomb.jsonl.zst: line 1: longer than 64 MiB" in done.stderr.splitlines()[-1]
 
@@ -745,9 +694,8 @@ def python_tree(root):
 @pytest.mark.parametrize("source", ["stdlib", "packages"])
 def test_python_sources(tmp_path, out, monkeypatch, source):
     python_tree(tmp_path / "lib")
-    monkeypatch.setattr(
-        sysconfig, "get_paths", lambda: {prepare_data.PYTHON_SOURCES[source]: str(tmp_path / "lib")}
-    )
+    monkeypatch.setattr(sysconfig, "get_paths",
+                        lambda: {prepare_data.PYTHON_SOURCES[source]: str(tmp_path / "lib")})
     before = {str(path): path.read_bytes() for path in (tmp_path / "lib").rglob("*.*")}
     meta = make(source, out, val_fraction=0.2)
     texts = all_documents(out)
@@ -763,16 +711,11 @@ def test_python_sources(tmp_path, out, monkeypatch, source):
 def test_stdlib_for_real(tmp_path):
     done = run_script("stdlib", f"--out_dir={tmp_path / 'stdlib'}", "--max_tokens=3e6", check=0)
     assert "train on them: python train.py --dataset=" in done.stdout
-    assert sorted(snapshot(tmp_path / "stdlib")) == [
-        "meta.json",
-        "prepare_data.lock",
-        "train_000000.bin",
-        "val_000000.bin",
-    ]
+    assert sorted(snapshot(tmp_path / "stdlib")) == ["meta.json", "prepare_data.lock",
+                                                     "train_000000.bin", "val_000000.bin"]
     assert load_meta(tmp_path / "stdlib")["train_tokens"] == 3_000_000
-    assert b"import" in get_tokenizer("bytes").decode_bytes(
-        tokens_of(tmp_path / "stdlib", "train")[:100_000].tolist()
-    )
+    assert b"import" in get_tokenizer("bytes").decode_bytes(tokens_of(tmp_path / "stdlib",
+                                                                      "train")[:100_000].tolist())
     # a library is read, never moved
     assert Path(os.__file__).is_file()
     assert Path(json.__file__).is_file()
@@ -799,17 +742,11 @@ def test_copies_of_a_held_out_document_are_never_trained_on(tmp_path, out):
 def test_workers_change_nothing(tmp_path, gpt2):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 20))
     for workers in (1, 2):
-        make(
-            source,
-            tmp_path / f"out{workers}",
-            tokenizer="gpt2",
-            workers=workers,
-            shard_tokens=50_000,
-        )
+        make(source, tmp_path / f"out{workers}", tokenizer="gpt2", workers=workers,
+             shard_tokens=50_000)
     assert snapshot(tmp_path / "out1") == snapshot(tmp_path / "out2")
-    assert documents_of(tmp_path / "out1", "val", gpt2) == [
-        t for t in DOCUMENTS * 20 if is_validation(t, 0.05)
-    ]
+    assert documents_of(tmp_path / "out1", "val", gpt2) == [t for t in DOCUMENTS * 20
+                                                            if is_validation(t, 0.05)]
 
 
 def test_shards_are_cut_exactly(tmp_path):
@@ -819,13 +756,10 @@ def test_shards_are_cut_exactly(tmp_path):
     sizes = [shard["tokens"] for name, shard in meta["shards"].items() if name.startswith("train")]
     assert set(sizes[:-1]) == {10_000} and 0 < sizes[-1] <= 10_000 and len(sizes) > 10
     for split in ("train", "val"):
-        assert np.array_equal(
-            tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "many", split)
-        )
-    assert (
-        ShardReader(tmp_path / "many", "train", 64).n_tokens
-        == ShardReader(tmp_path / "one", "train", 64).n_tokens
-    )
+        assert np.array_equal(tokens_of(tmp_path / "one", split),
+                              tokens_of(tmp_path / "many", split))
+    assert (ShardReader(tmp_path / "many", "train", 64).n_tokens
+            == ShardReader(tmp_path / "one", "train", 64).n_tokens)
 
 
 def test_parts_are_numbered_on(tmp_path, monkeypatch):
@@ -835,13 +769,11 @@ def test_parts_are_numbered_on(tmp_path, monkeypatch):
     make(tmp_path / "in", tmp_path / "one")
     monkeypatch.setattr(prepare_data, "PART", 1000)
     meta = make(tmp_path / "in", tmp_path / "four")
-    assert [name for name in meta["shards"] if "train" in name] == [
-        f"train_{i:06d}.bin" for i in range(4)
-    ]
+    assert [name for name in meta["shards"] if "train" in name] == [f"train_{i:06d}.bin"
+                                                                    for i in range(4)]
     for split in ("train", "val"):
-        assert np.array_equal(
-            tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "four", split)
-        )
+        assert np.array_equal(tokens_of(tmp_path / "one", split),
+                              tokens_of(tmp_path / "four", split))
     assert meta["documents"] == len(DOCUMENTS)
 
 
@@ -859,9 +791,8 @@ def test_max_tokens(tmp_path, limit):
 def test_single_document_fills_both_splits(tmp_path, text):
     """Whichever split its hash chooses, the other one gets a piece; no token is lost."""
     for fraction in (0.1, 0.9):
-        meta = make(
-            write(tmp_path / "a.txt", text), tmp_path / f"out{fraction}", val_fraction=fraction
-        )
+        meta = make(write(tmp_path / "a.txt", text), tmp_path / f"out{fraction}",
+                    val_fraction=fraction)
         splits = [tokens_of(tmp_path / f"out{fraction}", split) for split in ("train", "val")]
         assert sum(map(len, splits)) == len(text) + 1 and min(map(len, splits)) >= 1
         assert meta["train_tokens"] == len(splits[0])
@@ -892,21 +823,14 @@ def test_overwrite_leaves_no_shard_of_before(tmp_path, out):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
     make(source, out, shard_tokens=10_000)
     make(source, out, overwrite=True)
-    assert sorted(snapshot(out)) == [
-        "meta.json",
-        "prepare_data.lock",
-        "train_000000.bin",
-        "val_000000.bin",
-    ]
+    assert sorted(snapshot(out)) == ["meta.json", "prepare_data.lock", "train_000000.bin",
+                                     "val_000000.bin"]
 
 
-@pytest.mark.parametrize(
-    "files", [["a.txt"], ["meta.json", "a.txt"], ["meta.json", "model.bin"], ["train_000000.bin"]]
-)
-@pytest.mark.parametrize(
-    "name, overwrite",
-    [("out", False), ("out", True), ("out.unfinished", False), ("out.replaced", True)],
-)
+@pytest.mark.parametrize("files", [["a.txt"], ["meta.json", "a.txt"], ["meta.json", "model.bin"],
+                                   ["train_000000.bin"]])
+@pytest.mark.parametrize("name, overwrite", [
+    ("out", False), ("out", True), ("out.unfinished", False), ("out.replaced", True)])
 def test_foreign_folder_is_left_alone(tmp_path, out, files, name, overwrite):
     for file in files:
         write(tmp_path / name / file, "precious")
@@ -966,10 +890,8 @@ def test_two_at_once(tmp_path, out):
     """Different settings, one folder: the second is one line, and the folder is whole."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 40))
     for _ in range(3):
-        both = [
-            run_script(source, f"--out_dir={out}", f"--shard_tokens={n}", wait=False)
-            for n in (50_000, 70_000)
-        ]
+        both = [run_script(source, f"--out_dir={out}", f"--shard_tokens={n}", wait=False)
+                for n in (50_000, 70_000)]
         errors = [process.communicate(timeout=60)[1] for process in both]
         assert sorted(process.returncode for process in both) == [0, 2]
         loser = errors[0] if both[0].returncode else errors[1]
@@ -995,11 +917,8 @@ def test_finished_by_another_meanwhile(tmp_path, monkeypatch, settings):
     make(source, tmp_path / "other", **settings)
     before = snapshot(tmp_path / "other")
     run = prepare_data.Preparation.run
-    monkeypatch.setattr(
-        prepare_data.Preparation,
-        "run",
-        lambda *args: (run(*args), (tmp_path / "other").rename(out)),
-    )
+    monkeypatch.setattr(prepare_data.Preparation, "run",
+                        lambda *args: (run(*args), (tmp_path / "other").rename(out)))
     if settings:
         with pytest.raises(ValueError, match="other settings"):
             make(source, out)
@@ -1033,10 +952,8 @@ def test_kill_leaves_nothing_that_looks_whole(tmp_path):
     make(source, tmp_path / "calm", shard_tokens=100_000)
     out, work = tmp_path / "out", tmp_path / "out.unfinished"
     arguments = [source, f"--out_dir={out}", "--shard_tokens=1e5"]
-    assert (
-        start_and_kill([*arguments, "--workers=2"], lambda: len(list(work.glob("train_*.bin"))) > 1)
-        == -9
-    )
+    assert (start_and_kill([*arguments, "--workers=2"],
+                           lambda: len(list(work.glob("train_*.bin"))) > 1) == -9)
     assert not out.exists() and work.is_dir()
     with pytest.raises(FileNotFoundError, match=r"has not finished, run: python prepare_data\.py"):
         ShardReader(out, "train", 8)
@@ -1057,9 +974,8 @@ def test_finished_parts_are_kept(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="line 81: not JSON"):
         make(tmp_path / "in", tmp_path / "out")
     work = tmp_path / "out.unfinished"
-    kept = {
-        name: (work / name).stat().st_mtime_ns for name in ("train_000000.bin", "train_000001.bin")
-    }
+    kept = {name: (work / name).stat().st_mtime_ns
+            for name in ("train_000000.bin", "train_000001.bin")}
     write(tmp_path / "in" / "2.jsonl", good)
     make(tmp_path / "in", tmp_path / "out")
     assert kept == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept}
@@ -1072,8 +988,7 @@ def killed(*_):
 
 
 @pytest.mark.parametrize(
-    "damage", ["shard gone", "shard cut", "input changed", "state garbage", "settings changed"]
-)
+    "damage", ["shard gone", "shard cut", "input changed", "state garbage", "settings changed"])
 def test_resume_distrusts(tmp_path, out, monkeypatch, damage):
     """Whatever happened to the unfinished folder, the result is that of an undisturbed run."""
     for i in range(3):
@@ -1101,9 +1016,8 @@ def test_resume_distrusts(tmp_path, out, monkeypatch, damage):
 
 def test_interrupt_is_one_line(tmp_path, out):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 200))
-    process = run_script(
-        source, f"--out_dir={out}", "--workers=2", "--shard_tokens=1e5", wait=False
-    )
+    process = run_script(source, f"--out_dir={out}", "--workers=2", "--shard_tokens=1e5",
+                         wait=False)
     while not list(tmp_path.glob("out.unfinished/*.bin")) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
@@ -1184,17 +1098,14 @@ def test_fifo_is_refused(tmp_path, out):
         assert done.stderr.count("\n") == 1 and "a.t" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "name", ["../../precious_train_1.bin", "../train_000000.bin", "/etc/passwd"]
-)
+@pytest.mark.parametrize("name", ["../../precious_train_1.bin", "../train_000000.bin",
+                                  "/etc/passwd"])
 def test_names_in_state_never_leave_the_folder(tmp_path, out, name):
     """A state.json made by hand: its names are not believed, and nothing elsewhere is touched."""
     source, work = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out.unfinished"
     calm = make(source, tmp_path / "calm")
-    outside = [
-        Path(write(tmp_path / file, header(count=0)))
-        for file in ("precious_train_1.bin", "train_000000.bin")
-    ]
+    outside = [Path(write(tmp_path / file, header(count=0)))
+               for file in ("precious_train_1.bin", "train_000000.bin")]
     files = [[str(source), Path(source).stat().st_size, str(Path(source).stat().st_mtime_ns), ""]]
     part = {"files": files, "shards": {name: {"tokens": 0, "sha256": ""}}, "documents": 1}
     write(work / "state.json", json.dumps({"settings": calm["settings"], "parts": [part]}))
@@ -1214,10 +1125,8 @@ def test_state_of_wrong_types_starts_again(tmp_path, out, state):
     files = [[str(source), Path(source).stat().st_size, str(Path(source).stat().st_mtime_ns), ""]]
     if isinstance(state, dict):
         part = {"files": files, "shards": {}, "documents": 1} | state
-        state = json.dumps(
-            {"settings": calm["settings"], "parts": [part]}
-            | {k: state[k] for k in state if k == "parts"}
-        )
+        state = json.dumps({"settings": calm["settings"], "parts": [part]}
+                           | {k: state[k] for k in state if k == "parts"})
     write(work / "state.json", state)
     write(work / "prepare_data.lock", "")
     assert make(source, out) == calm
@@ -1228,9 +1137,8 @@ def test_full_disk_during_a_download_is_named_as_such(out):
     code = f"{limit}; import prepare_data; prepare_data.main()"
     with HubServer(fineweb()) as hub:
         command = [sys.executable, "-c", code, "fineweb", f"--out_dir={out}", "--tokenizer=bytes"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **hub.env}
-        )
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, **hub.env})
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "File too large" in last and "cannot reach" not in last
 
@@ -1266,86 +1174,60 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 
 def fineweb(n=3):
-    return {
-        f"sample/10BT/{i:03d}_00000.parquet": parquet(DOCUMENTS[i::n], row_group_size=50)
-        for i in range(n)
-    }
+    return {f"sample/10BT/{i:03d}_00000.parquet": parquet(DOCUMENTS[i::n], row_group_size=50)
+            for i in range(n)}
 
 
 def downloads(hub):
     """Files of which anything was sent."""
-    return [
-        path.rpartition("/")[2]
-        for method, path, _ in hub.requests
-        if method == "GET" and "/resolve/" in path
-    ]
+    return [path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET"
+            and "/resolve/" in path]
 
 
 def test_fineweb(tmp_path, out, gpt2):
     files = fineweb() | {"sample/100BT/000_00000.parquet": b"not asked for", "README.md": b"#"}
     with HubServer(files) as hub:
-        done = run_script(
-            "fineweb", f"--out_dir={out}", "--workers=1", "--val_fraction=0.05", check=0, **hub.env
-        )
+        done = run_script("fineweb", f"--out_dir={out}", "--workers=1", "--val_fraction=0.05",
+                          check=0, **hub.env)
         assert sorted(downloads(hub)) == [f"{i:03d}_00000.parquet" for i in range(3)]
     order = [text for i in range(3) for text in DOCUMENTS[i::3]]
     held_out = [text for text in order if is_validation(text, 0.05)]
     assert documents_of(out, "val", gpt2) == held_out
     assert documents_of(out, "train", gpt2) == [text for text in order if text not in held_out]
     meta = load_meta(out)
-    assert (meta["tokenizer"], meta["source"], meta["documents"]) == (
-        "gpt2",
-        "fineweb",
-        len(DOCUMENTS),
-    )
+    assert (meta["tokenizer"], meta["source"], meta["documents"]) == ("gpt2", "fineweb",
+                                                                      len(DOCUMENTS))
     # no raw file stays
     assert all(path.suffix in (".bin", ".json", ".lock") for path in (out).iterdir())
     assert "train on them" in done.stdout and not (tmp_path / "out.unfinished").exists()
 
 
 def test_pile_and_max_tokens(tmp_path, out):
-    files = {
-        f"train/{i:02d}.jsonl.zst": zstandard.compress(jsonl(DOCUMENTS[i::4])) for i in range(4)
-    }
+    files = {f"train/{i:02d}.jsonl.zst": zstandard.compress(jsonl(DOCUMENTS[i::4]))
+             for i in range(4)}
     files |= {"val.jsonl.zst": b"not asked for", "test.jsonl.zst": b"nor this"}
     with HubServer(files) as hub:
-        run_script(
-            "pile",
-            f"--out_dir={out}",
-            "--tokenizer=bytes",
-            "--val_fraction=0.05",
-            "--max_tokens=60000",
-            check=0,
-            **hub.env,
-        )
+        run_script("pile", f"--out_dir={out}", "--tokenizer=bytes", "--val_fraction=0.05",
+                   "--max_tokens=60000", check=0, **hub.env)
         assert "03.jsonl.zst" not in downloads(hub)
-    make(
-        write(tmp_path / "local.jsonl", jsonl([t for i in range(4) for t in DOCUMENTS[i::4]])),
-        tmp_path / "local",
-    )
+    make(write(tmp_path / "local.jsonl", jsonl([t for i in range(4) for t in DOCUMENTS[i::4]])),
+         tmp_path / "local")
     assert np.array_equal(tokens_of(out, "train"), tokens_of(tmp_path / "local", "train")[:60_000])
 
 
 def pretokenized():
     rng = np.random.default_rng(0)
     shard = lambda n: header(count=n) + rng.integers(0, 50257, n).astype("<u2").tobytes()
-    return {
-        f"fineweb_{split}_{i:06d}.bin": shard(5000)
-        for split, i in [("train", 1), ("train", 2), ("train", 3), ("val", 0)]
-    }
+    return {f"fineweb_{split}_{i:06d}.bin": shard(5000)
+            for split, i in [("train", 1), ("train", 2), ("train", 3), ("val", 0)]}
 
 
 def test_pretokenized(tmp_path, gpt2):
     files = pretokenized()
     with HubServer(files | {"README.md": b"#"}) as hub:
         run_script("pretokenized", f"--out_dir={tmp_path / 'all'}", check=0, **hub.env)
-        run_script(
-            "pretokenized",
-            f"--out_dir={tmp_path / 'some'}",
-            "--max_tokens=10000",
-            check=0,
-            **hub.env,
-        )
+        run_script("pretokenized", f"--out_dir={tmp_path / 'some'}", "--max_tokens=10000", check=0,
+                   **hub.env)
     got = snapshot(tmp_path / "all")
     assert {name: data for name, data in got.items() if name.endswith(".bin")} == files
     assert snapshot(tmp_path / "some").keys() == files.keys() - {"fineweb_train_000003.bin"} | {
@@ -1359,9 +1241,8 @@ def test_pretokenized(tmp_path, gpt2):
 
 def test_pretokenized_of_another_format_is_refused(out):
     with HubServer(pretokenized() | {"fineweb_train_000002.bin": b"x" * 5000}) as hub:
-        done = run_script(
-            "pretokenized", f"--out_dir={out}", check=2, TIKTOKEN_CACHE_DIR=gpt2_cache(), **hub.env
-        )
+        done = run_script("pretokenized", f"--out_dir={out}", check=2,
+                          TIKTOKEN_CACHE_DIR=gpt2_cache(), **hub.env)
     assert "fineweb_train_000002.bin: not a token shard" in done.stderr and not (out).exists()
 
 
@@ -1370,14 +1251,8 @@ def test_kill_during_a_download(tmp_path, out):
     files = fineweb()
     arguments = ["fineweb", f"--out_dir={out}", "--tokenizer=bytes", "--val_fraction=0.05"]
     with HubServer(files) as hub:
-        run_script(
-            "fineweb",
-            f"--out_dir={tmp_path / 'calm'}",
-            "--tokenizer=bytes",
-            "--val_fraction=0.05",
-            check=0,
-            **hub.env,
-        )
+        run_script("fineweb", f"--out_dir={tmp_path / 'calm'}", "--tokenizer=bytes",
+                   "--val_fraction=0.05", check=0, **hub.env)
     with HubServer(files, stall="002_00000.parquet") as hub:
         state = tmp_path / "out.unfinished" / "state.json"
         two_done = lambda: state.is_file() and len(json.loads(state.read_bytes())["parts"]) == 2
@@ -1400,9 +1275,8 @@ def test_damaged_download_is_refused(out):
 
 
 def test_offline_is_one_line(tmp_path, out):
-    done = run_script(
-        "fineweb", f"--out_dir={out}", "--tokenizer=bytes", check=2, HF_HUB_OFFLINE="1"
-    )
+    done = run_script("fineweb", f"--out_dir={out}", "--tokenizer=bytes", check=2,
+                      HF_HUB_OFFLINE="1")
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
     assert "cannot reach HuggingFaceFW/fineweb on" in done.stderr
     assert "python prepare_data.py stdlib" in done.stderr
@@ -1410,9 +1284,8 @@ def test_offline_is_one_line(tmp_path, out):
 
 def test_hub_dry_run(tmp_path, out):
     with HubServer(fineweb()) as hub:
-        done = run_script(
-            "fineweb", "--tokenizer=bytes", "--dry_run", f"--out_dir={out}", check=0, **hub.env
-        )
+        done = run_script("fineweb", "--tokenizer=bytes", "--dry_run", f"--out_dir={out}", check=0,
+                          **hub.env)
         assert not downloads(hub)
     assert done.stdout.startswith("3 files of")
     assert "download" in done.stdout
@@ -1441,12 +1314,10 @@ def test_throughput(tmp_path, out, gpt2, capsys):
 
     At least 90 % on an idle machine; the assertion leaves room for a busy one.
     """
-    seconds = lambda: sum(
-        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    text = "".join(
-        Path(file.name).read_text() for file in prepare_data.list_files("stdlib", DataConfig())
-    )
+    seconds = lambda: sum(sum(resource.getrusage(who)[:2])
+                          for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    text = "".join(Path(file.name).read_text()
+                   for file in prepare_data.list_files("stdlib", DataConfig()))
     documents = [text[i : i + 3000] for i in range(0, len(text), 3000)] * 2
     write(tmp_path / "all.parquet", parquet(documents))
     write(tmp_path / "all.jsonl.zst", zstandard.compress(jsonl(documents)))

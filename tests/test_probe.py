@@ -58,9 +58,8 @@ def subject_of(model, windows=None):
     """As load_ours makes it, without files."""
     c = model.config
     blocks = [(i, b.ffn) for i, b in enumerate(model.blocks) if isinstance(b.ffn, moe.MoE)]
-    layers = [Layer(i, f.router, f, f.bank or model.pool_of(k), c.n_experts or c.d_expert,
-                    c.top_k or c.infmoe_samples)
-              for k, (i, f) in enumerate(blocks)]
+    layers = [Layer(i, f.router, f, f.bank or model.pool_of(k), c.n_experts or c.d_expert, c.top_k
+                    or c.infmoe_samples) for k, (i, f) in enumerate(blocks)]
     windows = tokens(6, CONTEXT + 1).numpy() if windows is None else windows
     return Subject("it", model, layers, c.n_layer, VOCAB, windows, None, {})
 
@@ -121,9 +120,8 @@ def test_one_layer_of_every_family(family, tmp_path, data):
         if layer is not chosen:
             assert torch.equal(ids, own[2])
             continue
-        assert not torch.equal(ids,
-                               own[2]) and (ids[:, 0] != ids[
-                                   :, 1]).all() and ids.min() >= 0 and ids.max() < 6
+        assert not torch.equal(
+            ids, own[2]) and (ids[:, 0] != ids[:, 1]).all() and ids.min() >= 0 and ids.max() < 6
         assert chi_square(torch.bincount(ids.flatten(), minlength=6)) < CHI_SQUARE[5]
     assert not torch.equal(changed, before)
     assert torch.equal(model(x).logits, before) and hooks_of(model) == 0
@@ -145,8 +143,7 @@ def test_a_router_that_returns_something_else_is_refused():
 
 def test_hooks_go_when_the_run_fails():
     subject = subject_of(random_model(**TOPK))
-    with pytest.raises(OSError, match="boom"), probe.rerouted(subject, subject.layers,
-                                                                   "random"):
+    with pytest.raises(OSError, match="boom"), probe.rerouted(subject, subject.layers, "random"):
         raise RuntimeError("boom")
     assert hooks_of(subject.model) == 0
 
@@ -207,11 +204,10 @@ def test_hash_is_a_function_of_the_token():
 
 # ---- 3. infmoe: codes from N(0, I).
 
-@pytest.mark.parametrize("settings", [
-    {}, dict(infmoe_depth=2, infmoe_z="shared"), dict(infmoe_depth=2), dict(
-        infmoe_depth=2, infmoe_rate=(None, 0.5)),
-    dict(infmoe_mean=True), dict(infmoe_components=3, pool_groups=1),
-])
+@pytest.mark.parametrize("settings",
+                         [{}, dict(infmoe_depth=2, infmoe_z="shared"), dict(infmoe_depth=2),
+                          dict(infmoe_depth=2, infmoe_rate=(None, 0.5)), dict(infmoe_mean=True),
+                          dict(infmoe_components=3, pool_groups=1)])
 def test_codes_are_standard_normal(settings):
     subject = subject_of(random_model(**OURS["infmoe"] | settings))
     layer, x = subject.layers[1], torch.randn(2000, 32)
@@ -384,8 +380,7 @@ def test_on_benchmarks(tmp_path, data, monkeypatch):
     monkeypatch.chdir(TOY.parent.parent)
     folder = save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "ours", data)
     found = run(tmp_path, out_dir=folder, random_router_from=3, tasks="toy", include_path=str(TOY),
-                limit=25, seeds=2,
-                controls="skip")
+                limit=25, seeds=2, controls="skip")
     assert set(found["learned"]) == {"accuracy"} and len(found["rows"]) == 2  # one layer: no mean
     subject = probe.load_ours(ProbeConfig(out_dir=folder, device="cpu"))
     with probe.rerouted(subject, subject.layers[-1:], "skip"):

@@ -107,10 +107,9 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     make_data(tmp_path / "data" / "words", n_train=20_001, n_val=3_000)
     make_data(tmp_path / "data" / "prose", n_train=20_001, n_val=3_000)
-    size = dict(
-        dataset="data/words", n_layer=8, n_head=2, d_model=16, d_ff=32, block_size=16,
-        batch_tokens=256, micro_batch=16, max_steps=12, warmup_steps=2, eval_every=4,
-        eval_tokens=256, save_every=4, log_every=1)
+    size = dict(dataset="data/words", n_layer=8, n_head=2, d_model=16, d_ff=32, block_size=16,
+                batch_tokens=256, micro_batch=16, max_steps=12, warmup_steps=2, eval_every=4,
+                eval_tokens=256, save_every=4, log_every=1)
     monkeypatch.setitem(reproduce.SIZES, "cpu", reproduce.SIZES["cpu"] | size)
     return tmp_path
 
@@ -133,7 +132,7 @@ def test_a_run_leaves_a_record(tiny, name):
     record = record_of(name)
     assert set(record["measures"]) == MEASURED[name]
     assert [point[0] for point in record["curve"]] == [1024, 2048, 3072]
-    assert record["tokens"] == 3072 and not reproduce.check_record(record)
+    assert record["tokens"] == 3072 and reproduce.check_record(record) == record
     assert record["curve"][-1][2] == pytest.approx(record["val_loss"], abs=1e-5)
     assert record["val_loss"] < record["curve"][0][2]  # it learns
     assert record["n_active_params"] == model_config(name).n_active_params()
@@ -221,8 +220,7 @@ def test_stale_pool_loss_uses_the_counts_of_the_call_before():
 
 def test_prose_is_docstrings(tmp_path):
     file = tmp_path / "a.py"
-    file.write_text('"""One."""\nx = "not this"\n'
-                    'def f():\n    """Two.\n\n    Three."""\n'
+    file.write_text('"""One."""\nx = "not this"\n' 'def f():\n    """Two.\n\n    Three."""\n'
                     'class C:\n    def g(self):\n        "Four"\n')
     assert reproduce.docstrings(file) == "One.\n\nTwo.\n\nThree.\n\nFour"
     file.write_text("def broken(:")
