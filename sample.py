@@ -40,8 +40,8 @@ class SampleConfig:
 
     def __post_init__(self):
         for name in ("num_samples", "max_new_tokens", "top_k", "infmoe_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if self.temperature != 0 and self.temperature < 1e-6:  # logits are divided by it
             raise ValueError(f"temperature={self.temperature} must be 0 or at least 1e-6")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -60,11 +60,10 @@ def load(config: SampleConfig):
         raise ValueError(f"{folder}, device={config.device}: {error}") from None
     if config.infmoe_samples is not None or config.infmoe_mean is not None:
         model.set_samples(config.infmoe_samples, config.infmoe_mean)
-        c, n_samples = model.config, config.infmoe_samples or 1
-        most = 2**30 // (c.block_size * c.d_expert)
-        if n_samples > most:
-            raise ValueError(f"infmoe_samples={n_samples}: at most {most} of their masks over the "
-                             f"context of {c.block_size} tokens fit into 4 GB")
+        most = 2**30 // (model.config.block_size * model.config.d_expert)
+        if (config.infmoe_samples or 1) > most:
+            raise ValueError(f"infmoe_samples={config.infmoe_samples}: at most {most} of their "
+                             "masks over the whole context fit into 4 GB")
     if model.wte.weight.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         model = model.to(torch.bfloat16)  # half the bytes to read per token
     return model, tokenizer
@@ -72,10 +71,10 @@ def load(config: SampleConfig):
 
 def read_prompt(config: SampleConfig, tokenizer, block_size: int) -> list[int]:
     """The prompt's token ids, at least one and at most block_size."""
-    if config.prompt is None and config.prompt_file is None:
+    path, text = config.prompt_file, config.prompt
+    if path is None and text is None:
         return [tokenizer.eot]  # stands before each document
     try:
-        path, text = config.prompt_file, config.prompt
         ids = tokenizer.encode(Path(path).read_text(encoding="utf-8") if text is None else text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
@@ -90,15 +89,15 @@ def read_prompt(config: SampleConfig, tokenizer, block_size: int) -> list[int]:
 def stream(model, tokenizer, ids, config, generator) -> int:
     """Print the prompt and its continuation, a character once its bytes are there. -> new tokens"""
     decoder, count = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
+    show = lambda ids: print(decoder.decode(tokenizer.decode_bytes(ids)), end="", flush=True)
     prompt = torch.tensor([ids], device=model.wte.weight.device)  # (1, S)
-    shown = [] if ids == [tokenizer.eot] else ids
-    print(decoder.decode(tokenizer.decode_bytes(shown)), end="", flush=True)
+    show([] if ids == [tokenizer.eot] else ids)
     for token in model.generate(prompt, config.max_new_tokens, config.temperature, config.top_k,
                                 config.top_p, generator):
         count += 1
         if token.item() == tokenizer.eot:
             break
-        print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
+        show([token.item()])
     print(decoder.decode(b"", final=True))
     return count
 

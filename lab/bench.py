@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -276,15 +276,13 @@ def draw_latency(curve, table):
         return print('no picture: pip install -e ".[plot]"')
     figure = Figure(figsize=(5.5, 3.8), dpi=150, layout="constrained")
     axes = figure.subplots()
-    labels = {"literal": "K FFNs with torch.topk", "ours": "ours",
-              "dense": "dense FFN of the same width"}
-    for name, label in labels.items():
+    for name, label in (("literal", "K FFNs with torch.topk"), ("ours", "ours"),
+                        ("dense", "dense FFN of the same width")):
         times = [1e3 * t[name] for t in curve.values()]
         axes.plot([100 * rate for rate in curve], times, marker="o", markersize=4, label=label)
-    axes.set(xlabel="activation rate N (%)", ylabel="forward latency (ms)", ylim=(0, None))
-    axes.set_title(f"infmoe FFN, {describe(table.device)}")
+    axes.set(xlabel="activation rate N (%)", ylabel="forward latency (ms)", ylim=(0, None),
+             title=f"infmoe FFN, {describe(table.device)}")
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(Path(table.config.out, f"infmoe_latency_{table.device}.png"))
 
@@ -296,12 +294,11 @@ def bench_decode(table):
         config = ModelConfig(
             flavour="infmoe", n_layer=1, n_head=12, d_model=768, d_expert=6144, infmoe_samples=k)
         layer = GPT(config).to(device).eval().blocks[0].ffn
-        args = torch.randn(1, 768, device=device), torch.tensor([1], device=device)
-        ours = lambda x, seeds, layer=layer: layer(x, None, seeds)[0]
-        masked = partial(masked_layer, layer)
+        x, seeds = torch.randn(1, 768, device=device), torch.tensor([1], device=device)
+        functions = {"masked": partial(masked_layer, layer, x, seeds),
+                     "ours": lambda layer=layer, x=x, seeds=seeds: layer(x, None, seeds)[0]}
         with torch.no_grad():
-            agree("decode", ours(*args), masked(*args), 1e-5)
-            functions = {"masked": partial(masked, *args), "ours": partial(ours, *args)}
+            agree("decode", functions["ours"](), functions["masked"](), 1e-5)
             times = table.time(functions, 200)
         table.faster("C5", f"infmoe layer, one token, to its whole width masked, N=25% K={k}",
                      times["masked"], times["ours"], reach)
@@ -333,16 +330,16 @@ def bench_pool(table):
     """One layer as its pool grows, time and activation memory; and memory as T grows."""
     d, f, t = 256, 512, 16384
     layer = lambda t, m: leaves(table, (t, d), (m, d), (m, 2 * f, d), (m, d, f))
-    small, large = layer(t, 8), layer(t, 96)
+    small, large, short = layer(t, 8), layer(t, 96), layer(t // 4, 96)
     step = partial(moe_ours, top_k=1)
     times = table.time({8: forward_backward(step, *small), 96: forward_backward(step, *large)}, 5)
     table.row("C10", f"one layer fwd+bwd, pool of 96 experts to one of 8, T={t}",
               times[8], times[96], "<= 1.5")
     kept = saved_bytes(*large)
-    table.row("C10", "activations kept for backward, pool of 96 experts to one of 8",
-              saved_bytes(*small), kept, "<= 1.25", "B")
-    table.row("C10", "activations kept at 4 T to T, pool of 96 experts (linear: 4)",
-              saved_bytes(*layer(t // 4, 96)), kept, "<= 4.2", "B")
+    for what, reference, reach in (
+            ("for backward, pool of 96 experts to one of 8", small, "<= 1.25"),
+            ("at 4 T to T, pool of 96 experts (linear: 4)", short, "<= 4.2")):
+        table.row("C10", f"activations kept {what}", saved_bytes(*reference), kept, reach, "B")
 
 
 def saved_bytes(x, *parameters):
@@ -414,12 +411,12 @@ def bench_train(table):
               "losses": top2(specialization_coef=2e-3, coupling_coef=1e-3)}
     steps = {name: training_step(m, table.device, 64) for name, m in models.items()}  # 16k tokens
     times = table.time(steps, 5)
-    table.row("C6", "training step of UniPool (M = 8 L) to vanilla MoE",
-              times["vanilla"], times["unipool"], "<= 1.25")
-    table.row("C7", "training step of a MoE, top 1 of 8, to dense of equal FLOPs",
-              times["dense"], times["vanilla"], "<= 1.25")
-    table.row("C9", "training step with specialization and coupling losses to without",
-              times["top2"], times["losses"], "<= 1.05")
+    for id, what, reference, ours, reach in (
+            ("C6", "of UniPool (M = 8 L) to vanilla MoE", "vanilla", "unipool", "<= 1.25"),
+            ("C7", "of a MoE, top 1 of 8, to dense of equal FLOPs", "dense", "vanilla", "<= 1.25"),
+            ("C9", "with specialization and coupling losses to without", "top2", "losses",
+             "<= 1.05")):
+        table.row(id, f"training step {what}", times[reference], times[ours], reach)
 
 
 BENCHES = {"moe": bench_moe, "infmoe": bench_infmoe, "decode": bench_decode, "train": bench_train,
@@ -497,17 +494,15 @@ def infmoe_rows(table, case, times):
 
 def bench_gpu_train(table):
     """Tokens a second of whole training steps, and model FLOPs beside the card's peak."""
-    speed = {}
+    speed, configs = {}, {}
     for name in ("gpt2_small", "llama_182m", "moe_182m", "unipool_182m", "infmoe_small"):
         parsed = parse(ModelConfig, TrainConfig, argv=[f"config/{name}.py"], words=("config",))
-        speed[name] = tokens_per_second(table, parsed.make(ModelConfig))
-        if name == "gpt2_small":
-            small = parsed.make(ModelConfig)
-            parsed.given["d_ff"] = 6144
-            speed["wide"] = tokens_per_second(table, parsed.make(ModelConfig))
-    peak = budget.peak_flops(torch.device("cuda"))
-    flops = speed["gpt2_small"][0] * budget.flops_per_token(small)
-    if peak:
+        configs[name] = parsed.make(ModelConfig)
+    configs["wide"] = replace(configs["gpt2_small"], d_ff=6144)
+    for name, config in configs.items():
+        speed[name] = tokens_per_second(table, config)
+    if peak := budget.peak_flops(torch.device("cuda")):
+        flops = speed["gpt2_small"][0] * budget.flops_per_token(configs["gpt2_small"])
         what = "GPT-2 124M training, FLOP/s to the card's peak"
         table.row("G4", what, peak, flops, ">= 0.42", "")
     for id, ours, reference, title, reach in (
@@ -572,20 +567,13 @@ def gpu_check(config):
 
 # ---- the command line
 
-def run_bench(name, bench, config, device):
-    table = Table(name, config, device)
+def run_bench(name, config, device):
+    table = Table(name, config, "cuda" if name in GPU_BENCHES else device)
     try:
-        bench(table)
+        (BENCHES | GPU_BENCHES)[name](table)
     finally:
         if table.rows:
             table.save()
-
-
-def run_benches(name, config, device):
-    if name in GPU_BENCHES:
-        return run_bench(name, GPU_BENCHES[name], config, "cuda")
-    for each in BENCHES if name == "all" else [name]:
-        run_bench(each, BENCHES[each], config, device)
 
 
 def main():
@@ -609,7 +597,8 @@ def main():
         if name == "gpu_check":
             return gpu_check(config)
         with timing_lock():
-            run_benches(name, config, device)
+            for each in BENCHES if name == "all" else [name]:
+                run_bench(each, config, device)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -18,7 +18,6 @@ WIDTH, HEIGHT = 500, 370  # of a panel
 
 # ---- shapes: each returns one line of SVG
 
-
 def text(x, y, words, size=13, fill=INK, anchor="start", weight="normal"):
     words = words.replace("&", "&amp;").replace("<", "&lt;")
     return (f'<text x="{x}" y="{y}" font-size="{size}" fill="{fill}" text-anchor="{anchor}" '
@@ -62,7 +61,6 @@ def panel(x, y, title, subtitle, shapes):
 
 
 # ---- 1 and 2: who owns the experts
-
 
 def routers():
     """The stream of one token, upwards through three layers, each with its router."""
@@ -195,7 +193,6 @@ def ffn_line():
 
 
 # ---- 4: two losses
-
 
 def specialization():
     shapes = [text(20, 88, "specialization", 15, weight="bold"),

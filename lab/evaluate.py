@@ -16,13 +16,14 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from configurator import fail, nearest, parse
-from model import GPT, KVCache, ModelConfig, load_checkpoint
+from model import GPT, KVCache, load_checkpoint
 from support.checkpoint import newest_run
 from support.files import write_atomically
 from support.machine import pick_device
@@ -41,6 +42,7 @@ PAPERS = {  # means over a preset's tasks, in percent, as published
     "probe": {"Qwen1.5-MoE": 67.92, "DeepSeek-V2-Lite": 54.19, "Qwen3-30B-A3B": 73.02},
     "infmoe": {"infmoe, GPT-2 Small": 39.8, "infmoe, GPT-2 Medium": 41.3},
 }
+KNOWN = ("acc", "acc_norm", "exact_match", "perplexity", "word_perplexity")  # metrics shown
 
 
 @dataclass
@@ -93,19 +95,18 @@ class Scorer:
         for place, (context, continuation) in enumerate(pairs):
             n = len(continuation)
             if not 0 < n <= self.size:
-                raise ValueError(
-                    f"a continuation of {n} tokens does not fit into block_size={self.size}")
+                raise ValueError(f"a continuation of {n} tokens does not fit into "
+                                 f"block_size={self.size}")
             context = tuple(context[-(self.size + 1 - n):])
             groups.setdefault(context, []).append((place, continuation))
-        bar = tqdm(total=len(pairs), desc="scoring", unit="item", leave=False, disable=disable_tqdm)
-        for contexts in self.batches(groups):
-            items = [item for context in contexts for item in groups[context]]
-            rows = [row for row, context in enumerate(contexts) for _ in groups[context]]
-            scores = self.score_batch(contexts, rows, [continuation for _, continuation in items])
-            for (place, _), score in zip(items, scores):
-                results[place] = score
-            bar.update(len(items))
-        bar.close()
+        with tqdm(total=len(pairs), desc="scoring", leave=False, disable=disable_tqdm) as bar:
+            for contexts in self.batches(groups):
+                items = [item for context in contexts for item in groups[context]]
+                rows = [row for row, context in enumerate(contexts) for _ in groups[context]]
+                scores = self.score_batch(contexts, rows, [tokens for _, tokens in items])
+                for (place, _), score in zip(items, scores):
+                    results[place] = score
+                bar.update(len(items))
         return results
 
     def batches(self, groups):
@@ -127,9 +128,9 @@ class Scorer:
         """Continuation i follows contexts[rows[i]]. -> [(log-likelihood, greedy)]"""
         longest = max(map(len, continuations))
         padded = [c + [0] * (longest - len(c)) for c in continuations]
-        padded = torch.tensor(padded, device=self.device)  # (N, m)
-        contexts = torch.tensor(contexts, device=self.device)  # (C, s)
-        rows, cache, length = torch.tensor(rows, device=self.device), None, contexts.shape[1]
+        padded, contexts, rows = (
+            torch.tensor(x, device=self.device) for x in (padded, contexts, rows))  # (N, m) (C, s)
+        cache, length = None, contexts.shape[1]
         # all of a context but its last token runs once; then its cache is copied per continuation
         if length > 1:
             config = dataclasses.replace(self.model.config, block_size=length - 1 + longest)
@@ -159,18 +160,15 @@ class Scorer:
 
     def generate_until(self, requests, disable_tqdm=False):
         """-> [text]: up to the first of the strings `until`, or max_gen_toks tokens."""
-        texts = []
-        for request in tqdm(requests, "generating", leave=False, disable=disable_tqdm):
-            context, options = request.args
-            new = min(options.get("max_gen_toks", 256), self.size - 1)
-            tokens = (self.tokenizer.encode(context) or [self.tokenizer.eot])[-(self.size - new):]
-            texts.append(self.generate(tokens, new, **options))
-        return texts
+        requests = tqdm(requests, "generating", leave=False, disable=disable_tqdm)
+        return [self.generate(request.args[0], **request.args[1]) for request in requests]
 
-    def generate(self, tokens, new, until=(), do_sample=False, temperature=0.0, top_k=None,
-                 top_p=None, **other):
-        """The text that follows a list of tokens."""
+    def generate(self, context, max_gen_toks=256, until=(), do_sample=False, temperature=0.0,
+                 top_k=None, top_p=None, **other):
+        """The text that follows a context."""
         until, ids, text = [until] if isinstance(until, str) else until, [], ""
+        new = min(max_gen_toks, self.size - 1)
+        tokens = (self.tokenizer.encode(context) or [self.tokenizer.eot])[-(self.size - new):]
         tokens = torch.tensor([tokens], device=self.device)  # (1, S)
         for token in self.model.generate(tokens, new, temperature * do_sample, top_k, top_p):
             if token.item() == self.tokenizer.eot:
@@ -230,30 +228,21 @@ def task_names(tasks):
     return PRESETS[tasks][0] if tasks in PRESETS else tasks
 
 
-def percent(value, error=None, scale=100):
-    if value is None:
-        return " " * 16
-    shown = f"{value * scale:.2f}" + (f" ±{error * scale:.2f}" if error else "")
-    return f"{shown:>16}"
-
-
 def print_results(results, preset, limit=None):
-    """A table with standard errors, the mean by the preset's metric, and the papers' means."""
-    known = ("acc", "acc_norm", "exact_match", "perplexity", "word_perplexity")
-    names = [m for m in known if any(m in values for values in results.values())]
-    print(f"{'task':24}" + "".join(f"{name:>16}" for name in names))
+    """All metrics in percent with standard errors, the preset's mean, and the papers' means."""
+    def show(task, metric, value, error):
+        scale = 1 if "perplexity" in metric else 100
+        print(f"{task:24}{metric:16}{value * scale:8.2f} ±{error * scale:.2f}")
+
     for task, values in results.items():
-        cells = [percent(values.get(m), values.get(f"{m}_stderr"), 1 if "perplexity" in m else 100)
-                 for m in names]
-        print(f"{task:24}" + "".join(cells))
+        for metric in [m for m in KNOWN if m in values]:
+            show(task, metric, values[metric], values.get(f"{metric}_stderr", 0.0))
     metric = PRESETS[preset][1] if preset in PRESETS else "acc_norm"
-    scores = [score_of(values, metric) for values in results.values()]
-    mean = sum(score for score, _ in scores) / len(scores)
-    error = sum(e * e for _, e in scores) ** 0.5 / len(scores)
-    note = "acc" if metric == "acc" else "acc_norm where there is one"
-    print(f"{'mean':24}{percent(mean, error)}   ({note})")
+    scores, errors = zip(*(score_of(values, metric) for values in results.values()))
+    label = "acc" if metric == "acc" else "acc_norm or acc"
+    show("mean", label, mean(scores), math.hypot(*errors) / len(errors))
     for name, value in PAPERS.get(preset, {}).items():
-        print(f"{name:24}{value:16.2f}   (the paper's mean)")
+        print(f"{name:40}{value:8.2f}   (the paper's mean)")
     if limit:
         print(f"at most {limit} items a task (--limit={limit}): only an estimate of these scores")
 
@@ -268,28 +257,21 @@ def score_of(values, metric):
 
 # ---- the command line
 
-def load(folder, device="auto", dtype="auto"):
-    """A checkpoint of ours -> model, tokenizer, and what was saved beside the weights."""
-    saved = load_checkpoint(Path(folder, "ckpt.pt"))
-    model = GPT(ModelConfig(**saved["model_config"]))
-    model.load_state_dict(saved.pop("model"))
-    model.to(pick_device(device), None if dtype == "auto" else getattr(torch, dtype)).eval()
-    return model, get_tokenizer(saved["tokenizer"]), saved
-
-
 def open_model(config):
     """-> (the harness's LM, the folder that receives evaluate.json)"""
-    harness = need_harness()
+    harness, device = need_harness(), pick_device(config.device)
     if config.hf:
-        device = str(pick_device(config.device))
         lm = harness.models.huggingface.HFLM(
-            pretrained=config.hf, dtype=config.dtype, device=device, batch_size=8)
+            pretrained=config.hf, dtype=config.dtype, device=str(device), batch_size=8)
         return lm, f"out/hf_{Path(config.hf).name}"
-    config.out_dir = config.out_dir or str(newest_run())
-    model, tokenizer, _ = load(config.out_dir, config.device, config.dtype)
+    folder = config.out_dir = config.out_dir or str(newest_run())
+    tokenizer = get_tokenizer(load_checkpoint(Path(folder, "ckpt.pt"))["tokenizer"])
+    model = GPT.from_checkpoint(folder, device)
+    if config.dtype != "auto":
+        model.to(getattr(torch, config.dtype))
     if config.samples:
         model.set_samples(config.samples)
-    return language_model(model, tokenizer, config.batch_tokens), config.out_dir
+    return language_model(model, tokenizer, config.batch_tokens), folder
 
 
 def main():

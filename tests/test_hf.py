@@ -22,6 +22,7 @@ from probe_helpers import (
     text_shards,
     tokens,
 )
+from train_helpers import refused
 
 from model import GPT
 from support import hf
@@ -33,10 +34,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402  (comes with tr
 
 def rank_file(path):
     """A vocabulary with merges, one of them of merges, and a word that no merge reaches."""
-    words = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w",
-                                                "é".encode(), b"  ", b"zzq"]
-    path.write_text("".join(f"{base64.b64encode(word).decode()} {rank}\n" for rank,
-                            word in enumerate(words)))
+    merged = [b"he", b"ll", b"hell", b"hello", b" w", "é".encode(), b"  ", b"zzq"]
+    words = enumerate([bytes([i]) for i in range(256)] + merged)
+    path.write_text("".join(f"{base64.b64encode(w).decode()} {rank}\n" for rank, w in words))
     return str(path)
 
 
@@ -71,16 +71,16 @@ def test_logits_equal_transformers(model_type, changes, tmp_path):
     theirs = hf_model(model_type, **changes)
     mine = GPT.from_hf(saved(theirs, tmp_path))
     same_logits(mine, theirs)
-    assert mine.config.n_params() == sum(
-        p.numel() for p in theirs.parameters()) == sum(p.numel() for p in mine.parameters())
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (mine, theirs)]
+    assert sizes == [mine.config.n_params()] * 2
     assert mine.config.block_size == CONTEXT and mine.config.vocab_size == VOCAB
     assert all(p.requires_grad and p.dtype == torch.float32 for p in mine.parameters())
 
 
 def test_half_precision_files_become_float32(tmp_path):
     folder = saved(hf_model("mixtral").bfloat16(), tmp_path)
-    same_logits(GPT.from_hf(folder), transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32).eval())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    same_logits(GPT.from_hf(folder), theirs.eval())
 
 
 def test_generation_with_cache_equals_transformers(tmp_path):
@@ -171,8 +171,8 @@ def test_code_in_a_folder_never_runs(script, tmp_path):
     folder = tmp_path / "theirs"
     saved(hf_model("mixtral"), folder)
     settings = json.loads((folder / "config.json").read_text())
-    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config",
-                                                    "AutoModelForCausalLM": "mine.Model"}}
+    theirs = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    settings |= {"model_type": "mine", "auto_map": theirs}
     (folder / "config.json").write_text(json.dumps(settings))
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
     (folder / "mine.py").write_text(code)
@@ -204,19 +204,15 @@ def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
 
 def test_the_tokenizer_of_a_folder(tmp_path):
     """By what it does to a text, not by its name; without one, by the size of the vocabulary."""
-    ranks = rank_file(tmp_path / "x.tiktoken")
-    for spec in ("bytes", ranks):
-        tokenizer = get_tokenizer(spec)
-        hf.export(random_model(vocab_size=tokenizer.vocab_size), tmp_path / Path(spec).stem,
-                  tokenizer)
-    assert hf.tokenizer_of(str(tmp_path / "bytes"),
-                           "bytes") == "bytes" and hf.tokenizer_of(str(tmp_path / "x"),
-                                                                   ranks) == ranks
-    assert "x's own (" in hf.tokenizer_of(
-        str(tmp_path / "x"), "bytes") and "265 ids" in hf.tokenizer_of(str(tmp_path / "x"), "bytes")
+    for spec in ("bytes", rank_file(tmp_path / "x.tiktoken")):
+        tokenizer, folder = get_tokenizer(spec), str(tmp_path / Path(spec).stem)
+        hf.export(random_model(vocab_size=tokenizer.vocab_size), folder, tokenizer)
+        assert hf.tokenizer_of(folder, spec) == spec
+    other = hf.tokenizer_of(folder, "bytes")
+    assert "x's own (" in other and "265 ids" in other
     for model_type in ("olmoe", "mixtral"):
-        assert hf.tokenizer_of(saved(hf_model(model_type), tmp_path / model_type),
-                               "bytes") == "bytes"
+        small = saved(hf_model(model_type), tmp_path / model_type)
+        assert hf.tokenizer_of(small, "bytes") == "bytes"
         large = saved(hf_model(model_type, vocab_size=2000), tmp_path / f"{model_type}2")
         assert hf.tokenizer_of(large, "bytes") == f"{large}'s own (2000 ids)"
 
@@ -244,11 +240,9 @@ def test_export_loads_in_transformers_and_comes_back(settings, architecture, tmp
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == architecture and list(tmp_path.glob("*.safetensors"))
     same_logits(model, theirs)
-    again = GPT.from_hf(str(tmp_path))
-    assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(again.state_dict()[name], tensor) for name,
-               tensor in model.state_dict().items())
-    x = tokens()
+    again, x = GPT.from_hf(str(tmp_path)), tokens()
+    mine, back = model.state_dict(), again.state_dict()
+    assert mine.keys() == back.keys() and all(torch.equal(mine[name], back[name]) for name in mine)
     assert torch.equal(again(x).logits, model(x).logits)
 
 
@@ -298,13 +292,9 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert f"{trained.config.n_active_params():,}" in printed
     same_logits(trained, transformers.AutoModelForCausalLM.from_pretrained(target).eval())
     assert transformers.AutoTokenizer.from_pretrained(target).eos_token_id == 256
-    for argv, words in ((["--export=x"], "--out_dir"), ([f"--out_dir={tmp_path}/no", "--export=x"],
-                                                        "no checkpoint")):
-        monkeypatch.setattr(sys, "argv", ["model.py", *argv])
-        with pytest.raises(SystemExit) as stop:
-            model_py.main()
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    for argv, words in (("", "--out_dir"), (f"--out_dir={tmp_path}/no", "no checkpoint")):
+        said = refused(model_py.main, ["--export=x", *argv.split()], monkeypatch, capsys)
+        assert words in said
 
 
 def test_export_leaves_a_checkpoint_alone(tmp_path):
@@ -329,8 +319,8 @@ def test_python_model_py_as_a_program(tmp_path):
 
 def test_fine_tuning_step(tmp_path, monkeypatch, capsys):
     import train
-    folder, data = saved(hf_model("olmoe"), tmp_path / "hf"), text_shards(tmp_path / "data", 20_000,
-                                                                          2_000)
+    folder = saved(hf_model("olmoe"), tmp_path / "hf")
+    data = text_shards(tmp_path / "data", 20_000, 2_000)
     monkeypatch.setattr(sys, "argv", [
         "train.py", f"--init_from=hf:{folder}", f"--dataset={data}", f"--out_dir={tmp_path}/out",
         "--max_steps=2", "--batch_tokens=256", "--micro_batch=4", "--eval_tokens=256", "--lr=1e-3",

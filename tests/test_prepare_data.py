@@ -25,6 +25,7 @@ import zstandard
 from data_helpers import ROOT, HubServer, gpt2_cache, run_script
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from train_helpers import refused
 
 import prepare_data
 import support.tokenizer as tokenizer_module
@@ -37,6 +38,7 @@ from support.tokenizer import get_tokenizer
 TEXTS = ["one\r\ntwo", "naïve café", "日本語 🙂", "\tdef f():\n        return 1\n", "<|endoftext|>",
          "x" * 5000, " ", "\x00"]
 BYTES = get_tokenizer("bytes")
+FILES = ["meta.json", "prepare_data.lock", "train_000000.bin", "val_000000.bin"]
 DOCUMENTS = [f"{i}: {text}" for i in range(40) for text in TEXTS]
 
 
@@ -83,6 +85,11 @@ def all_documents(folder):
     return [text for split in ("train", "val") for text in documents_of(folder, split)]
 
 
+def assert_same_tokens(left, right):
+    for split in ("train", "val"):
+        assert np.array_equal(tokens_of(left, split), tokens_of(right, split))
+
+
 def snapshot(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
@@ -99,8 +106,12 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-# ---- 1. tokenizers
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
 
+
+# ---- 1. tokenizers
 
 @given(st.text())
 @example("\ud800 half a pair")
@@ -134,16 +145,15 @@ def test_gpt2_offline(gpt2):
 
 
 def test_gpt2_without_vocabulary_is_one_line(tmp_path):
-    done = run_script(write(tmp_path / "a.txt", "hello"), "--tokenizer=gpt2",
-                      f"--out_dir={tmp_path / 'x'}", check=2,
-                      TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"), HTTPS_PROXY="http://127.0.0.1:9")
-    assert done.stderr.count("\n") == 1
-    assert "--tokenizer=bytes" in done.stderr
+    offline = dict(TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"), HTTPS_PROXY="http://127.0.0.1:9")
+    source = write(tmp_path / "a.txt", "hello")
+    _, err = run_script(tmp_path / "x", source, "--tokenizer=gpt2", check=2, **offline)
+    assert err.count("\n") == 1 and "--tokenizer=bytes" in err
     assert not list(tmp_path.glob("x*"))
 
 
-RUNS = [" " * 10**6, " " * 999_987, " " * 10**6 + "x", "\n" * 10**6 + "x", "x" + " \t" * 10**6
-        + "x", "\u3000" * 10**6 + "x"]
+RUNS = [" " * 10**6, " " * 999_987, " " * 10**6 + "x", "\n" * 10**6 + "x",
+        "x" + " \t" * 10**6 + "x", "\u3000" * 10**6 + "x"]
 
 
 @pytest.mark.parametrize("text", RUNS, ids=range(len(RUNS)))
@@ -151,11 +161,10 @@ def test_a_million_spaces(tmp_path, gpt2, text):
     """tiktoken gives up on them; what stands beside them keeps its tokens."""
     ranks = {bytes([i]): i for i in range(256)} | {b"he": 256}
     for tokenizer in (gpt2, get_tokenizer(rank_file(tmp_path / "small.tiktoken", ranks))):
-        ids, beside = (tokenizer.encode("hello world." + text + " hello world"),
-                       tokenizer.encode("hello world."))
+        ids = tokenizer.encode("hello world." + text + " hello world")
+        before, after = tokenizer.encode("hello world."), tokenizer.encode(" hello world")
         assert tokenizer.decode(ids) == "hello world." + text + " hello world"
-        assert ids[: len(beside)] == beside
-        assert ids[-len(tokenizer.encode(" hello world")) :] == tokenizer.encode(" hello world")
+        assert ids[:len(before)] == before and ids[-len(after):] == after
 
 
 @pytest.mark.parametrize("n", [10, 1000, 99_999, 199_000, 400_000])
@@ -262,13 +271,12 @@ def test_unknown_tokenizer(spec):
 
 # ---- 2. the shard format
 
-
 def test_shard_layout(tmp_path):
     """The layout of llm.c, written out by hand."""
     write_shard(tmp_path / "train_000000.bin", np.array([1, 256, 65535]))
     header = struct.pack("<256i", 20240520, 1, 3, *[0] * 253)
-    assert (tmp_path / "train_000000.bin").read_bytes() == header + struct.pack("<3H", 1, 256,
-                                                                                65535)
+    tokens = struct.pack("<3H", 1, 256, 65535)
+    assert (tmp_path / "train_000000.bin").read_bytes() == header + tokens
     # no temporary file stays
     assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
 
@@ -315,8 +323,11 @@ def test_bad_shard(tmp_path, content, line):
 def test_fuzz_shard(tmp_path, change):
     """Any bytes, or a good shard with some changed or cut: an error that names it, or windows."""
     good = header(count=100) + np.arange(100, dtype="<u2").tobytes()
-    data = (change if isinstance(change, bytes) else good[: change[0]] + change[1]
-            + good[change[0] + len(change[1]) :])
+    if isinstance(change, bytes):
+        data = change
+    else:
+        start, put = change
+        data = good[:start] + put + good[start + len(put):]
     write(shards(tmp_path) / "train_000000.bin", data)
     try:
         reader = ShardReader(tmp_path, "train", 9, vocab_size=257)
@@ -327,12 +338,11 @@ def test_fuzz_shard(tmp_path, change):
 
 # ---- 3. reading
 
-
 @pytest.fixture
 def reader(tmp_path):
     """Three shards of 41, 8 and 30 tokens, which name their place: 8 + 1 + 5 windows of 5."""
-    return ShardReader(shards(tmp_path, np.arange(41), 1000 + np.arange(8), 2000 + np.arange(30)),
-                       "train", 5, seed=7)
+    folder = shards(tmp_path, np.arange(41), 1000 + np.arange(8), 2000 + np.arange(30))
+    return ShardReader(folder, "train", 5, seed=7)
 
 
 STARTS = [*range(0, 40, 5), 1000, *range(2000, 2025, 5)]
@@ -345,7 +355,7 @@ def test_windows(reader):
     assert reader.sequential(0, 14).tolist() == EXPECTED
     assert reader.sequential(7, 3).tolist() == EXPECTED[7:10]  # over two shard ends
     assert reader.sequential(3, 0).shape == (0, 6) and reader.batch(3, 0).shape == (0, 6)
-    assert reader.batch(0, 4).dtype == np.int64
+    assert reader.batch(0, 4).dtype == np.int64 and reader.batch(10**15, 3).shape == (3, 6)
     with pytest.raises(ValueError, match="up to 15 asked for, 14 there"):
         reader.sequential(13, 2)
 
@@ -406,14 +416,10 @@ def test_ranks_share_no_window(reader):
         assert rows == [tuple(row) for row in reader.batch(0, len(rows)).tolist()]
 
 
-def test_far_positions(reader):
-    assert reader.batch(10**15, 3).shape == (3, 6)
-
-
 def test_id_beyond_the_vocabulary(tmp_path):
     folder = shards(tmp_path, np.arange(250, 300))
-    with pytest.raises(ValueError,
-                       match=r"train_000000\.bin: token id 299 is beyond the vocabulary of 257"):
+    said = r"train_000000\.bin: token id 299 is beyond the vocabulary of 257"
+    with pytest.raises(ValueError, match=said):
         ShardReader(folder, "train", 49, vocab_size=257).batch(0, 1)
     assert ShardReader(folder, "train", 49, vocab_size=300).batch(0, 1).max() == 299
 
@@ -421,12 +427,8 @@ def test_id_beyond_the_vocabulary(tmp_path):
 def test_shard_that_vanishes_shrinks_or_grows(tmp_path):
     reader = ShardReader(shards(tmp_path, np.arange(400)), "train", 5)
     path, whole = tmp_path / "train_000000.bin", (tmp_path / "train_000000.bin").read_bytes()
-    for content, line in [
-        (whole[:-20], "truncated"),
-        (whole + b"xx", "damaged"),
-        (b"", "truncated"),
-        (None, "vanished"),
-    ]:
+    for content, line in ((whole[:-20], "truncated"), (whole + b"xx", "damaged"),
+                          (b"", "truncated"), (None, "vanished")):
         reader.batch(0, 3)
         path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(ValueError, match=line) as error:
@@ -438,9 +440,12 @@ def test_shard_that_vanishes_shrinks_or_grows(tmp_path):
         reader.batch(6, 3)
 
 
-def test_too_short(tmp_path):
-    with pytest.raises(ValueError, match="9 train tokens hold no window of block_size \\+ 1 = 11"):
-        ShardReader(shards(tmp_path, np.arange(9)), "train", 10)
+def test_too_short_and_missing(tmp_path):
+    folder = shards(tmp_path, np.arange(9))
+    with pytest.raises(ValueError, match=r"9 train tokens hold no window of block_size \+ 1 = 11"):
+        ShardReader(folder, "train", 10)
+    with pytest.raises(FileNotFoundError, match="no val shards in"):
+        ShardReader(folder, "val", 8)
 
 
 @pytest.mark.parametrize("name, command", [
@@ -467,11 +472,6 @@ def test_text_as_dataset_prints_the_command_that_prepares_it(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *shlex.split(arguments)])
     prepare_data.main()
     assert load_meta(*shlex.split(dataset))["documents"] == 1
-
-
-def test_missing_split(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no val shards in"):
-        ShardReader(shards(tmp_path, np.arange(99)), "val", 8)
 
 
 def test_files_of_modded_nanogpt_as_they_are(tmp_path):
@@ -505,8 +505,7 @@ def test_damaged_meta(tmp_path, content):
 
 
 @pytest.mark.parametrize("key", ["train_tokens", "val_tokens", "documents", "shards", "source"])
-def test_incomplete_meta_of_a_done_folder(tmp_path, out, key):
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+def test_incomplete_meta_of_a_done_folder(out, key, source):
     meta = make(source, out)
     write(out / "meta.json", json.dumps({k: meta[k] for k in meta if k != key}))
     with pytest.raises(ValueError, match=r"meta\.json is incomplete: --overwrite"):
@@ -539,8 +538,8 @@ def test_formats_hold_the_same_documents(tmp_path, out, name, content, options):
     assert 5 < len(val) < 40
     assert meta["documents"] == len(DOCUMENTS)
     assert (meta["tokenizer"], meta["vocab_size"]) == ("bytes", 257)
-    assert (meta["train_tokens"], meta["val_tokens"]) == tuple(len(tokens_of(out, s))
-                                                               for s in ("train", "val"))
+    for split in ("train", "val"):
+        assert meta[f"{split}_tokens"] == len(tokens_of(out, split))
     for file, shard in meta["shards"].items():
         assert hashlib.sha256((out / file).read_bytes()).hexdigest() == shard["sha256"]
 
@@ -553,8 +552,7 @@ def test_folder_of_text_files(tmp_path, out):
     write(tmp_path / "in" / ".venv" / "hidden.py", "SECRET = 1\n")
     write(tmp_path / "in" / "empty.txt", b"")
     meta = make(tmp_path / "in", out, val_fraction=0.3)
-    texts = all_documents(out)
-    assert sorted(texts) == sorted(f"file {i}\r\nmit Umlaut: ü\n" for i in range(50))
+    assert sorted(all_documents(out)) == sorted(f"file {i}\r\nmit Umlaut: ü\n" for i in range(50))
     assert meta["documents"] == 50
 
 
@@ -563,8 +561,7 @@ def test_long_file_is_cut_at_line_ends(tmp_path, out):
     make(write(tmp_path / "long.md", "".join(lines)), out, val_fraction=0.5)
     texts = all_documents(out)
     assert len(texts) == 2 and all(text.endswith("\n") for text in texts)
-    assert collections.Counter(
-        "".join(texts).splitlines()) == collections.Counter(line[:-1] for line in lines)
+    assert sorted("".join(texts).splitlines(keepends=True)) == sorted(lines)
 
 
 def essay(seed, n=1500):
@@ -591,8 +588,8 @@ def test_one_txt_is_many_documents(tmp_path, out, text):
     lengths = [len(document) for document in all_documents(out)]
     assert 0.1 < share < 0.3 and 1000 < np.mean(lengths) < 20_000 and max(lengths) < 2**17
     assert "".join(split_text(text)) == text
-    assert sorted(all_documents(out)) == sorted(d for block in text_blocks(Path(path))
-                                                for d in block[0])
+    blocks = text_blocks(Path(path))
+    assert sorted(all_documents(out)) == sorted(text for block in blocks for text in block[0])
 
 
 def test_txt_split_depends_on_the_text_alone(tmp_path):
@@ -600,8 +597,8 @@ def test_txt_split_depends_on_the_text_alone(tmp_path):
     one, other = essay(1), essay(2)
     kept = {}
     for name, parts in {"a": [one, other], "b": [other, one], "c": [other, one, other]}.items():
-        make(write(tmp_path / f"{name}.txt", "".join(map("".join, parts))), tmp_path / name,
-             val_fraction=0.2)
+        path = write(tmp_path / f"{name}.txt", "".join(map("".join, parts)))
+        make(path, tmp_path / name, val_fraction=0.2)
         held_out = "".join(documents_of(tmp_path / name, "val"))
         kept[name] = {paragraph for paragraph in one + other if paragraph in held_out}
     assert len(kept["a"]) > 300
@@ -614,12 +611,10 @@ def test_share_far_off_is_said(tmp_path):
     """An essay of one paragraph and 128 lines, a document each: most of it is held out."""
     write(tmp_path / "in" / "a.md", "word " * 50_000)
     write(tmp_path / "in" / "b.md", "".join(f"line {i}\n" for i in range(128)))
-    done = run_script(tmp_path / "in", f"--out_dir={tmp_path / 'few'}", "--val_fraction=0.3",
-                      check=0)
-    assert "note: " in done.stdout and "30.0% was asked for: 2 documents are few" in done.stdout
+    printed, _ = run_script(tmp_path / "few", tmp_path / "in", "--val_fraction=0.3")
+    assert "note: " in printed and "30.0% was asked for: 2 documents are few" in printed
     source = write(tmp_path / "a.txt", TXT["paragraphs"])
-    done = run_script(source, f"--out_dir={tmp_path / 'many'}", "--val_fraction=0.3", check=0)
-    assert "note: " not in done.stdout
+    assert "note: " not in run_script(tmp_path / "many", source, "--val_fraction=0.3")[0]
 
 
 BAD_SOURCES = [  # file name, content, what the line says
@@ -656,7 +651,7 @@ BAD_SOURCES = [  # file name, content, what the line says
 def test_bad_source(tmp_path, out, name, content, line):
     with pytest.raises(ValueError, match=line) as error:
         make(write(tmp_path / name, content), out)
-    assert "\n" not in str(error.value) and not (out).exists()
+    assert "\n" not in str(error.value) and not out.exists()
 
 
 def test_line_that_decompresses_to_gigabytes(tmp_path, out):
@@ -664,13 +659,9 @@ def test_line_that_decompresses_to_gigabytes(tmp_path, out):
     packer = zstandard.ZstdCompressor().compressobj()
     packed = [packer.compress(data) for data in [b'{"text": "'] + [b"a" * 10**7] * 300]
     source = write(tmp_path / "bomb.jsonl.zst", b"".join(packed) + packer.flush())
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9,) * 2)"
-    code = f"{limit}; import prepare_data; prepare_data.main()"
-    command = [sys.executable, "-c", code, source, f"--out_dir={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 2
-    assert "bomb.jsonl.zst: line 1: longer than 64 MiB" in done.stderr.splitlines()[-1]
+    limit = resource.RLIMIT_AS, 3 * 10**9
+    _, err = run_script(out, source, check=2, limit=limit, OMP_NUM_THREADS="1")
+    assert "bomb.jsonl.zst: line 1: longer than 64 MiB" in err.splitlines()[-1]
 
 
 def test_empty_folder_and_missing_path(tmp_path, out):
@@ -708,17 +699,14 @@ def test_python_sources(tmp_path, out, monkeypatch, source):
     assert before == {str(path): path.read_bytes() for path in (tmp_path / "lib").rglob("*.*")}
 
 
-def test_stdlib_for_real(tmp_path):
-    done = run_script("stdlib", f"--out_dir={tmp_path / 'stdlib'}", "--max_tokens=3e6", check=0)
-    assert "train on them: python train.py --dataset=" in done.stdout
-    assert sorted(snapshot(tmp_path / "stdlib")) == ["meta.json", "prepare_data.lock",
-                                                     "train_000000.bin", "val_000000.bin"]
-    assert load_meta(tmp_path / "stdlib")["train_tokens"] == 3_000_000
-    assert b"import" in get_tokenizer("bytes").decode_bytes(tokens_of(tmp_path / "stdlib",
-                                                                      "train")[:100_000].tolist())
+def test_stdlib_for_real(out):
+    printed, _ = run_script(out, "stdlib", "--max_tokens=3e6")
+    assert "train on them: python train.py --dataset=" in printed
+    assert sorted(snapshot(out)) == FILES
+    assert load_meta(out)["train_tokens"] == 3_000_000
+    assert b"import" in BYTES.decode_bytes(tokens_of(out, "train")[:100_000].tolist())
     # a library is read, never moved
-    assert Path(os.__file__).is_file()
-    assert Path(json.__file__).is_file()
+    assert Path(os.__file__).is_file() and Path(json.__file__).is_file()
 
 
 @settings(max_examples=30, deadline=None)
@@ -738,28 +726,24 @@ def test_copies_of_a_held_out_document_are_never_trained_on(tmp_path, out):
 
 # ---- 5. preparation
 
-
 def test_workers_change_nothing(tmp_path, gpt2):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 20))
     for workers in (1, 2):
-        make(source, tmp_path / f"out{workers}", tokenizer="gpt2", workers=workers,
-             shard_tokens=50_000)
+        options = dict(tokenizer="gpt2", workers=workers, shard_tokens=50_000)
+        make(source, tmp_path / f"out{workers}", **options)
     assert snapshot(tmp_path / "out1") == snapshot(tmp_path / "out2")
-    assert documents_of(tmp_path / "out1", "val", gpt2) == [t for t in DOCUMENTS * 20
-                                                            if is_validation(t, 0.05)]
+    held_out = [text for text in DOCUMENTS * 20 if is_validation(text, 0.05)]
+    assert documents_of(tmp_path / "out1", "val", gpt2) == held_out
 
 
-def test_shards_are_cut_exactly(tmp_path):
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+def test_shards_are_cut_exactly(tmp_path, source):
     make(source, tmp_path / "one")
     meta = make(source, tmp_path / "many", shard_tokens=10_000)
     sizes = [shard["tokens"] for name, shard in meta["shards"].items() if name.startswith("train")]
     assert set(sizes[:-1]) == {10_000} and 0 < sizes[-1] <= 10_000 and len(sizes) > 10
-    for split in ("train", "val"):
-        assert np.array_equal(tokens_of(tmp_path / "one", split),
-                              tokens_of(tmp_path / "many", split))
-    assert (ShardReader(tmp_path / "many", "train", 64).n_tokens
-            == ShardReader(tmp_path / "one", "train", 64).n_tokens)
+    assert_same_tokens(tmp_path / "one", tmp_path / "many")
+    readers = [ShardReader(tmp_path / name, "train", 64) for name in ("one", "many")]
+    assert readers[0].n_tokens == readers[1].n_tokens
 
 
 def test_parts_are_numbered_on(tmp_path, monkeypatch):
@@ -769,17 +753,14 @@ def test_parts_are_numbered_on(tmp_path, monkeypatch):
     make(tmp_path / "in", tmp_path / "one")
     monkeypatch.setattr(prepare_data, "PART", 1000)
     meta = make(tmp_path / "in", tmp_path / "four")
-    assert [name for name in meta["shards"] if "train" in name] == [f"train_{i:06d}.bin"
-                                                                    for i in range(4)]
-    for split in ("train", "val"):
-        assert np.array_equal(tokens_of(tmp_path / "one", split),
-                              tokens_of(tmp_path / "four", split))
+    trained = [name for name in meta["shards"] if "train" in name]
+    assert trained == [f"train_{i:06d}.bin" for i in range(4)]
+    assert_same_tokens(tmp_path / "one", tmp_path / "four")
     assert meta["documents"] == len(DOCUMENTS)
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 12_345, 10**9])
-def test_max_tokens(tmp_path, limit):
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+def test_max_tokens(tmp_path, limit, source):
     make(source, tmp_path / "all")
     meta = make(source, tmp_path / "some", max_tokens=limit)
     everything = tokens_of(tmp_path / "all", "train")
@@ -791,16 +772,15 @@ def test_max_tokens(tmp_path, limit):
 def test_single_document_fills_both_splits(tmp_path, text):
     """Whichever split its hash chooses, the other one gets a piece; no token is lost."""
     for fraction in (0.1, 0.9):
-        meta = make(write(tmp_path / "a.txt", text), tmp_path / f"out{fraction}",
-                    val_fraction=fraction)
-        splits = [tokens_of(tmp_path / f"out{fraction}", split) for split in ("train", "val")]
+        out = tmp_path / f"out{fraction}"
+        meta = make(write(tmp_path / "a.txt", text), out, val_fraction=fraction)
+        splits = [tokens_of(out, split) for split in ("train", "val")]
         assert sum(map(len, splits)) == len(text) + 1 and min(map(len, splits)) >= 1
         assert meta["train_tokens"] == len(splits[0])
         assert abs(len(splits[1]) - fraction * len(text)) < 2
 
 
-def test_done_is_verified_not_repeated(tmp_path):
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+def test_done_is_verified_not_repeated(tmp_path, source):
     first, before = make(source, tmp_path / "out"), snapshot(tmp_path / "out")
     inode = (tmp_path / "out" / "train_000000.bin").stat().st_ino
     assert make(source, tmp_path / "out") == first
@@ -819,12 +799,10 @@ def test_done_is_verified_not_repeated(tmp_path):
     assert snapshot(tmp_path / "out") == before
 
 
-def test_overwrite_leaves_no_shard_of_before(tmp_path, out):
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+def test_overwrite_leaves_no_shard_of_before(out, source):
     make(source, out, shard_tokens=10_000)
     make(source, out, overwrite=True)
-    assert sorted(snapshot(out)) == ["meta.json", "prepare_data.lock", "train_000000.bin",
-                                     "val_000000.bin"]
+    assert sorted(snapshot(out)) == FILES
 
 
 @pytest.mark.parametrize("files", [["a.txt"], ["meta.json", "a.txt"], ["meta.json", "model.bin"],
@@ -842,11 +820,10 @@ def test_foreign_folder_is_left_alone(tmp_path, out, files, name, overwrite):
 
 @pytest.mark.parametrize("name", ["notes.txt", "my_train_1.bin", "train_000007.bin", "link"])
 @pytest.mark.parametrize("where", ["out", "out.unfinished"])
-def test_foreign_file_in_our_folder_is_left_alone(tmp_path, out, name, where):
+def test_foreign_file_in_our_folder_is_left_alone(tmp_path, out, name, where, source):
     """Whatever its name, and whatever it links to."""
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
     make(source, out)
-    (out).rename(tmp_path / where)
+    out.rename(tmp_path / where)
     if name == "link":
         (tmp_path / where / "train_000000.bin").rename(tmp_path / "elsewhere")
         (tmp_path / where / "train_000000.bin").symlink_to(tmp_path / "elsewhere")
@@ -858,9 +835,8 @@ def test_foreign_file_in_our_folder_is_left_alone(tmp_path, out, name, where):
     assert snapshot(tmp_path / where) == before
 
 
-def test_overwrite_killed_at_any_step_of_the_swap(tmp_path):
+def test_overwrite_killed_at_any_step_of_the_swap(tmp_path, out, source):
     """At each file operation of it in turn: the same command then ends as an undisturbed one."""
-    source, out = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out"
     make(source, tmp_path / "calm")
     code = """if True:
         import os, sys, prepare_data
@@ -890,8 +866,7 @@ def test_two_at_once(tmp_path, out):
     """Different settings, one folder: the second is one line, and the folder is whole."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 40))
     for _ in range(3):
-        both = [run_script(source, f"--out_dir={out}", f"--shard_tokens={n}", wait=False)
-                for n in (50_000, 70_000)]
+        both = [run_script(out, source, f"--shard_tokens={n}", wait=False) for n in (50000, 70000)]
         errors = [process.communicate(timeout=60)[1] for process in both]
         assert sorted(process.returncode for process in both) == [0, 2]
         loser = errors[0] if both[0].returncode else errors[1]
@@ -911,9 +886,8 @@ def assert_whole(folder):
 
 
 @pytest.mark.parametrize("settings", [{}, {"shard_tokens": 9000}])
-def test_finished_by_another_meanwhile(tmp_path, monkeypatch, settings):
+def test_finished_by_another_meanwhile(tmp_path, monkeypatch, settings, out, source):
     """Another preparation finishes while this one is at work: its folder is never replaced."""
-    source, out = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out"
     make(source, tmp_path / "other", **settings)
     before = snapshot(tmp_path / "other")
     run = prepare_data.Preparation.run
@@ -935,15 +909,15 @@ def test_default_names(tmp_path, monkeypatch, gpt2):
     assert sorted(path.name for path in Path("data").iterdir()) == ["notes", "notes_gpt2"]
 
 
-def start_and_kill(arguments, when, how=signal.SIGKILL, **env):
-    """Start the script, kill it as soon as when() holds. -> its exit code"""
+def stopped(number, arguments, when, **env):
+    """Start the script, send a signal as soon as when() holds. -> exit code, stderr"""
     process = run_script(*arguments, wait=False, **env)
     deadline = time.monotonic() + 60
     while not when() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(how)
-    process.communicate(timeout=30)
-    return process.returncode
+    process.send_signal(number)
+    err = process.communicate(timeout=60)[1]
+    return process.returncode, err
 
 
 def test_kill_leaves_nothing_that_looks_whole(tmp_path):
@@ -951,13 +925,13 @@ def test_kill_leaves_nothing_that_looks_whole(tmp_path):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 60))
     make(source, tmp_path / "calm", shard_tokens=100_000)
     out, work = tmp_path / "out", tmp_path / "out.unfinished"
-    arguments = [source, f"--out_dir={out}", "--shard_tokens=1e5"]
-    assert (start_and_kill([*arguments, "--workers=2"],
-                           lambda: len(list(work.glob("train_*.bin"))) > 1) == -9)
+    arguments = [out, source, "--shard_tokens=1e5"]
+    two = lambda: len(list(work.glob("train_*.bin"))) > 1
+    assert stopped(signal.SIGKILL, [*arguments, "--workers=2"], two)[0] == -9
     assert not out.exists() and work.is_dir()
     with pytest.raises(FileNotFoundError, match=r"has not finished, run: python prepare_data\.py"):
         ShardReader(out, "train", 8)
-    run_script(*arguments, check=0)
+    run_script(*arguments)
     assert not work.exists() and sorted(snapshot(out)) == sorted(snapshot(tmp_path / "calm"))
     for name, data in snapshot(out).items():
         assert name == "meta.json" or data == (tmp_path / "calm" / name).read_bytes()
@@ -1016,29 +990,21 @@ def test_resume_distrusts(tmp_path, out, monkeypatch, damage):
 
 def test_interrupt_is_one_line(tmp_path, out):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 200))
-    process = run_script(source, f"--out_dir={out}", "--workers=2", "--shard_tokens=1e5",
-                         wait=False)
-    while not list(tmp_path.glob("out.unfinished/*.bin")) and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert "Traceback" not in err
+    arguments = out, source, "--workers=2", "--shard_tokens=1e5"
+    a_shard = lambda: list(tmp_path.glob("out.unfinished/*.bin"))
+    code, err = stopped(signal.SIGINT, arguments, a_shard)
     assert "interrupted: the same command goes on from here" in err
-    assert process.returncode == 130
+    assert code == 130 and "Traceback" not in err
 
 
 def test_full_disk_is_one_line(tmp_path, out):
     """A limit on the size of files stands in: it is named, nothing stays, a later run succeeds."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 10))
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))"
-    code = f"{limit}; import prepare_data; prepare_data.main()"
-    command = [sys.executable, "-c", code, source, f"--out_dir={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    _, err = run_script(out, source, check=2, limit=(resource.RLIMIT_FSIZE, 10**6))
     path = tmp_path / "out.unfinished" / "train_000000.bin"
-    assert done.returncode == 2 and f"error: {path} cannot be written: File too" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"error: {path} cannot be written: File too" in err and "Traceback" not in err
     assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob("*.bin"))
-    assert not (out).exists()
+    assert not out.exists()
     make(source, out)
 
 
@@ -1055,9 +1021,8 @@ def test_linked_temporary_file_is_not_followed(tmp_path):
 def test_missing_extra_is_one_line(tmp_path, out):
     write(tmp_path / "fake" / "pyarrow.py", "raise ImportError")
     source = write(tmp_path / "a.parquet", parquet(["a"]))
-    done = run_script(source, f"--out_dir={out}", check=2, PYTHONPATH=str(tmp_path / "fake"))
-    assert 'pyarrow is not installed: pip install -e ".[data]"' in done.stderr
-    assert "Traceback" not in done.stderr
+    _, err = run_script(out, source, check=2, PYTHONPATH=str(tmp_path / "fake"))
+    assert 'pyarrow is not installed: pip install -e ".[data]"' in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("arguments, line", [
@@ -1079,13 +1044,7 @@ def test_missing_extra_is_one_line(tmp_path, out):
 ])  # fmt: skip
 def test_mistakes(monkeypatch, capsys, tmp_path, arguments, line):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        prepare_data.main()
-    err = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert line in err
-    assert err.count("\n") == 1
+    assert line in refused(prepare_data.main, arguments, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -1094,15 +1053,15 @@ def test_fifo_is_refused(tmp_path, out):
     os.mkfifo(tmp_path / "a.tiktoken")
     source = write(tmp_path / "b.txt", "hello")
     for arguments in ([tmp_path / "a.txt"], [source, f"--tokenizer={tmp_path / 'a.tiktoken'}"]):
-        done = run_script(*arguments, f"--out_dir={out}", check=2)
-        assert done.stderr.count("\n") == 1 and "a.t" in done.stderr
+        _, err = run_script(out, *arguments, check=2)
+        assert err.count("\n") == 1 and "a.t" in err
 
 
-@pytest.mark.parametrize("name", ["../../precious_train_1.bin", "../train_000000.bin",
-                                  "/etc/passwd"])
-def test_names_in_state_never_leave_the_folder(tmp_path, out, name):
+@pytest.mark.parametrize(
+    "name", ["../../precious_train_1.bin", "../train_000000.bin", "/etc/passwd"])
+def test_names_in_state_never_leave_the_folder(tmp_path, out, name, source):
     """A state.json made by hand: its names are not believed, and nothing elsewhere is touched."""
-    source, work = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out.unfinished"
+    work = tmp_path / "out.unfinished"
     calm = make(source, tmp_path / "calm")
     outside = [Path(write(tmp_path / file, header(count=0)))
                for file in ("precious_train_1.bin", "train_000000.bin")]
@@ -1119,8 +1078,8 @@ def test_names_in_state_never_leave_the_folder(tmp_path, out, name):
     {"parts": [{"files": 5}]},
     {"shards": 6}, {"shards": {"train_000000.bin": 7}}, {"documents": "8"}, {"documents": None},
 ])  # fmt: skip
-def test_state_of_wrong_types_starts_again(tmp_path, out, state):
-    source, work = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tmp_path / "out.unfinished"
+def test_state_of_wrong_types_starts_again(tmp_path, out, state, source):
+    work = tmp_path / "out.unfinished"
     calm = make(source, tmp_path / "calm")
     files = [[str(source), Path(source).stat().st_size, str(Path(source).stat().st_mtime_ns), ""]]
     if isinstance(state, dict):
@@ -1133,19 +1092,16 @@ def test_state_of_wrong_types_starts_again(tmp_path, out, state):
 
 
 def test_full_disk_during_a_download_is_named_as_such(out):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, 10**4))"
-    code = f"{limit}; import prepare_data; prepare_data.main()"
     with HubServer(fineweb()) as hub:
-        command = [sys.executable, "-c", code, "fineweb", f"--out_dir={out}", "--tokenizer=bytes"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, **hub.env})
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "File too large" in last and "cannot reach" not in last
+        limit = resource.RLIMIT_FSIZE, 10**4
+        _, err = run_script(out, "fineweb", "--tokenizer=bytes", check=2, limit=limit, **hub.env)
+    last = err.splitlines()[-1]
+    assert "File too large" in last and "cannot reach" not in last
 
 
-def test_shards_that_meta_does_not_list(tmp_path, out):
+def test_shards_that_meta_does_not_list(out, source):
     """A folder that two preparations have mixed: the reader names the shard."""
-    make(write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), out, shard_tokens=50_000)
+    make(source, out, shard_tokens=50_000)
     path = out / "train_000001.bin"
     whole = path.read_bytes()
     write_shard(path, np.arange(20))
@@ -1159,19 +1115,15 @@ def test_shards_that_meta_does_not_list(tmp_path, out):
     assert ShardReader(out, "train", 8).n_tokens == load_meta(out)["train_tokens"]
 
 
-def test_dry_run_writes_nothing(tmp_path, capsys):
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS))
+def test_dry_run_writes_nothing(tmp_path, capsys, source):
     assert make(source, tmp_path / "out", dry_run=True, max_tokens=1000) is None
     out = capsys.readouterr().out
-    assert "1 files of" in out
-    assert "--max_tokens=1000 needs" in out
-    assert "tokenize" in out
-    assert "write     2.00kB" in out
+    for part in ("1 files of", "--max_tokens=1000 needs", "tokenize", "write     2.00kB"):
+        assert part in out
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 # ---- 6. the hub: the real huggingface_hub against a server on this machine
-
 
 def fineweb(n=3):
     return {f"sample/10BT/{i:03d}_00000.parquet": parquet(DOCUMENTS[i::n], row_group_size=50)
@@ -1180,26 +1132,24 @@ def fineweb(n=3):
 
 def downloads(hub):
     """Files of which anything was sent."""
-    return [path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET"
-            and "/resolve/" in path]
+    return [path.rpartition("/")[2] for method, path, _ in hub.requests
+            if method == "GET" and "/resolve/" in path]
 
 
 def test_fineweb(tmp_path, out, gpt2):
     files = fineweb() | {"sample/100BT/000_00000.parquet": b"not asked for", "README.md": b"#"}
     with HubServer(files) as hub:
-        done = run_script("fineweb", f"--out_dir={out}", "--workers=1", "--val_fraction=0.05",
-                          check=0, **hub.env)
+        printed, _ = run_script(out, "fineweb", "--workers=1", "--val_fraction=0.05", **hub.env)
         assert sorted(downloads(hub)) == [f"{i:03d}_00000.parquet" for i in range(3)]
     order = [text for i in range(3) for text in DOCUMENTS[i::3]]
     held_out = [text for text in order if is_validation(text, 0.05)]
     assert documents_of(out, "val", gpt2) == held_out
     assert documents_of(out, "train", gpt2) == [text for text in order if text not in held_out]
     meta = load_meta(out)
-    assert (meta["tokenizer"], meta["source"], meta["documents"]) == ("gpt2", "fineweb",
-                                                                      len(DOCUMENTS))
+    assert (meta["tokenizer"], meta["source"], meta["documents"]) == ("gpt2", "fineweb", 320)
     # no raw file stays
-    assert all(path.suffix in (".bin", ".json", ".lock") for path in (out).iterdir())
-    assert "train on them" in done.stdout and not (tmp_path / "out.unfinished").exists()
+    assert all(path.suffix in (".bin", ".json", ".lock") for path in out.iterdir())
+    assert "train on them" in printed and not (tmp_path / "out.unfinished").exists()
 
 
 def test_pile_and_max_tokens(tmp_path, out):
@@ -1207,11 +1157,11 @@ def test_pile_and_max_tokens(tmp_path, out):
              for i in range(4)}
     files |= {"val.jsonl.zst": b"not asked for", "test.jsonl.zst": b"nor this"}
     with HubServer(files) as hub:
-        run_script("pile", f"--out_dir={out}", "--tokenizer=bytes", "--val_fraction=0.05",
-                   "--max_tokens=60000", check=0, **hub.env)
+        options = "--tokenizer=bytes", "--val_fraction=0.05", "--max_tokens=60000"
+        run_script(out, "pile", *options, **hub.env)
         assert "03.jsonl.zst" not in downloads(hub)
-    make(write(tmp_path / "local.jsonl", jsonl([t for i in range(4) for t in DOCUMENTS[i::4]])),
-         tmp_path / "local")
+    local = write(tmp_path / "a.jsonl", jsonl([t for i in range(4) for t in DOCUMENTS[i::4]]))
+    make(local, tmp_path / "local")
     assert np.array_equal(tokens_of(out, "train"), tokens_of(tmp_path / "local", "train")[:60_000])
 
 
@@ -1225,15 +1175,11 @@ def pretokenized():
 def test_pretokenized(tmp_path, gpt2):
     files = pretokenized()
     with HubServer(files | {"README.md": b"#"}) as hub:
-        run_script("pretokenized", f"--out_dir={tmp_path / 'all'}", check=0, **hub.env)
-        run_script("pretokenized", f"--out_dir={tmp_path / 'some'}", "--max_tokens=10000", check=0,
-                   **hub.env)
-    got = snapshot(tmp_path / "all")
+        run_script(tmp_path / "all", "pretokenized", **hub.env)
+        run_script(tmp_path / "some", "pretokenized", "--max_tokens=10000", **hub.env)
+    got, some = snapshot(tmp_path / "all"), snapshot(tmp_path / "some").keys()
     assert {name: data for name, data in got.items() if name.endswith(".bin")} == files
-    assert snapshot(tmp_path / "some").keys() == files.keys() - {"fineweb_train_000003.bin"} | {
-        "meta.json",
-        "prepare_data.lock",
-    }
+    assert some == files.keys() - {"fineweb_train_000003.bin"} | {"meta.json", "prepare_data.lock"}
     reader = ShardReader(tmp_path / "all", "train", 64, load_meta(tmp_path / "all")["vocab_size"])
     assert reader.n_tokens == 15000 and load_meta(tmp_path / "all")["val_tokens"] == 5000
     assert reader.batch(0, 5).shape == (5, 65)
@@ -1241,24 +1187,23 @@ def test_pretokenized(tmp_path, gpt2):
 
 def test_pretokenized_of_another_format_is_refused(out):
     with HubServer(pretokenized() | {"fineweb_train_000002.bin": b"x" * 5000}) as hub:
-        done = run_script("pretokenized", f"--out_dir={out}", check=2,
-                          TIKTOKEN_CACHE_DIR=gpt2_cache(), **hub.env)
-    assert "fineweb_train_000002.bin: not a token shard" in done.stderr and not (out).exists()
+        env = hub.env | {"TIKTOKEN_CACHE_DIR": gpt2_cache()}
+        _, err = run_script(out, "pretokenized", check=2, **env)
+    assert "fineweb_train_000002.bin: not a token shard" in err and not out.exists()
 
 
 def test_kill_during_a_download(tmp_path, out):
     """Killed while the third file arrives: those that are done are not asked for again."""
     files = fineweb()
-    arguments = ["fineweb", f"--out_dir={out}", "--tokenizer=bytes", "--val_fraction=0.05"]
+    arguments = ["fineweb", "--tokenizer=bytes", "--val_fraction=0.05"]
     with HubServer(files) as hub:
-        run_script("fineweb", f"--out_dir={tmp_path / 'calm'}", "--tokenizer=bytes",
-                   "--val_fraction=0.05", check=0, **hub.env)
+        run_script(tmp_path / "calm", *arguments, **hub.env)
     with HubServer(files, stall="002_00000.parquet") as hub:
         state = tmp_path / "out.unfinished" / "state.json"
         two_done = lambda: state.is_file() and len(json.loads(state.read_bytes())["parts"]) == 2
-        assert start_and_kill(arguments, two_done, **hub.env) == -9
+        assert stopped(signal.SIGKILL, [out, *arguments], two_done, **hub.env)[0] == -9
     with HubServer(files) as hub:
-        run_script(*arguments, check=0, **hub.env)
+        run_script(out, *arguments, **hub.env)
         assert downloads(hub) == ["002_00000.parquet"]
     assert snapshot(out) == snapshot(tmp_path / "calm")
 
@@ -1266,29 +1211,26 @@ def test_kill_during_a_download(tmp_path, out):
 def test_damaged_download_is_refused(out):
     files = fineweb()
     with HubServer(files, damage="001_00000.parquet") as hub:
-        done = run_script("fineweb", f"--out_dir={out}", "--tokenizer=bytes", check=2, **hub.env)
-        assert "001_00000.parquet" in done.stderr and "run the same command again" in done.stderr
+        _, err = run_script(out, "fineweb", "--tokenizer=bytes", check=2, **hub.env)
+        assert "001_00000.parquet" in err and "run the same command again" in err
         hub.damage = ""
-        run_script("fineweb", f"--out_dir={out}", "--tokenizer=bytes", check=0, **hub.env)
+        run_script(out, "fineweb", "--tokenizer=bytes", **hub.env)
         assert downloads(hub).count("000_00000.parquet") == 1
     assert load_meta(out)["documents"] == len(DOCUMENTS)
 
 
 def test_offline_is_one_line(tmp_path, out):
-    done = run_script("fineweb", f"--out_dir={out}", "--tokenizer=bytes", check=2,
-                      HF_HUB_OFFLINE="1")
-    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
-    assert "cannot reach HuggingFaceFW/fineweb on" in done.stderr
-    assert "python prepare_data.py stdlib" in done.stderr
+    _, err = run_script(out, "fineweb", "--tokenizer=bytes", check=2, HF_HUB_OFFLINE="1")
+    assert err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert "cannot reach HuggingFaceFW/fineweb on" in err
+    assert "python prepare_data.py stdlib" in err
 
 
 def test_hub_dry_run(tmp_path, out):
     with HubServer(fineweb()) as hub:
-        done = run_script("fineweb", "--tokenizer=bytes", "--dry_run", f"--out_dir={out}", check=0,
-                          **hub.env)
+        printed, _ = run_script(out, "fineweb", "--tokenizer=bytes", "--dry_run", **hub.env)
         assert not downloads(hub)
-    assert done.stdout.startswith("3 files of")
-    assert "download" in done.stdout
+    assert printed.startswith("3 files of") and "download" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -1296,15 +1238,15 @@ def test_hub_dry_run(tmp_path, out):
 def test_soak_of_kills(tmp_path, out, gpt2):
     """Killed with -9 at 12 random moments, in downloads and between shards: the same bytes."""
     files, rng = fineweb(6), np.random.default_rng(0)
-    arguments = ["--workers=2", "--shard_tokens=20000", "--val_fraction=0.05"]
+    arguments = ["fineweb", "--workers=2", "--shard_tokens=20000", "--val_fraction=0.05"]
     with HubServer(files, seconds_per_chunk=0.05) as hub:
-        run_script("fineweb", f"--out_dir={tmp_path / 'calm'}", *arguments, check=0, **hub.env)
+        run_script(tmp_path / "calm", *arguments, **hub.env)
         for delay in rng.uniform(0.5, 5, 12):
-            process = run_script("fineweb", f"--out_dir={out}", *arguments, wait=False, **hub.env)
+            process = run_script(out, *arguments, wait=False, **hub.env)
             time.sleep(delay)
             process.kill()
             process.communicate()
-        run_script("fineweb", f"--out_dir={out}", *arguments, check=0, **hub.env)
+        run_script(out, *arguments, **hub.env)
     assert snapshot(out) == snapshot(tmp_path / "calm")
 
 

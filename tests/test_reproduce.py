@@ -12,7 +12,7 @@ from statistics import stdev
 
 import pytest
 import torch
-from train_helpers import make_data
+from train_helpers import make_data, refused
 
 from lab import reproduce
 from losses import BALANCES
@@ -48,22 +48,18 @@ def test_every_run_is_a_valid_configuration(name, size):
     assert special["tune"] is None or special["tune"] in reproduce.EXPERIMENTS
 
 
-@pytest.mark.parametrize("names", [
-    "dense vanilla unipool vanilla-norm shared-pool unipool-G4 top2 pool2",
-    "dense-12 vanilla-12 unipool-12", "dense switch-2 top2-of-4",
-    "dense vanilla-16/2 unipool-16/2 vanilla-32/4 unipool-32/4"])
-def test_equal_active_parameters(names):
+@pytest.mark.parametrize("count, names", [
+    ("n_active_params", "dense vanilla unipool vanilla-norm shared-pool unipool-G4 top2 pool2"),
+    ("n_active_params", "dense-12 vanilla-12 unipool-12"),
+    ("n_active_params", "dense switch-2 top2-of-4"),
+    ("n_active_params", "dense vanilla-16/2 unipool-16/2 vanilla-32/4 unipool-32/4"),
+    ("n_params", "vanilla unipool shared-layer unipool-G2 unipool-G8"),
+    ("n_params", "top2 pool2"), ("n_params", "vanilla-12 unipool-12"),
+    ("n_params", "dense-wide switch-2 top2-of-4 infmoe infmoe-no-topn"),
+    ("n_params", "vanilla vanilla-16/2 unipool-16/2 unipool-32/4")])
+def test_equal_parameters(count, names):
     configs = [model_config(name) for name in names.split()]
-    assert len({c.n_active_params() - n_router(c) for c in configs}) == 1
-
-
-@pytest.mark.parametrize("names", [
-    "vanilla unipool shared-layer unipool-G2 unipool-G8", "top2 pool2", "vanilla-12 unipool-12",
-    "dense-wide switch-2 top2-of-4 infmoe infmoe-no-topn",
-    "vanilla vanilla-16/2 unipool-16/2 unipool-32/4"])
-def test_equal_expert_parameters(names):
-    configs = [model_config(name) for name in names.split()]
-    assert len({c.n_params() - n_router(c) for c in configs}) == 1
+    assert len({getattr(c, count)() - n_router(c) for c in configs}) == 1
 
 
 @pytest.mark.parametrize("depth", ["", "-12"])
@@ -241,22 +237,21 @@ def test_students_t(freedom, t):
     assert 0.5 - inside.item() == pytest.approx(0.025, abs=2e-5)
 
 
-@pytest.mark.parametrize("differences, verdict", [
-    ([-0.02, -0.03, -0.025], "holds"), ([0.02, 0.03, 0.025], "does not hold here"),
-    ([-0.01, 0.02, 0.0], "undecided at this scale"), ([-0.5], "undecided at this scale"),
-    ([-0.1, -0.9, -0.2], "undecided at this scale"),  # all below zero, but t(2) = 4.3 is wide
-    ([-0.01] * 12, "holds")])
-def test_verdicts(differences, verdict):
-    assert reproduce.verdict(differences) == verdict
+UNDECIDED = "undecided at this scale"
 
 
 @pytest.mark.parametrize("differences, common, verdict", [
-    ([-0.01, -0.03, -0.02], (0.0, 0), "undecided at this scale"),  # t(2) s / sqrt(3) = 0.025
+    ([-0.02, -0.03, -0.025], (0.0, 0), "holds"),
+    ([0.02, 0.03, 0.025], (0.0, 0), "does not hold here"),
+    ([-0.01, 0.02, 0.0], (0.0, 0), UNDECIDED), ([-0.5], (0.0, 0), UNDECIDED),
+    ([-0.1, -0.9, -0.2], (0.0, 0), UNDECIDED),  # all below zero, but t(2) = 4.3 is wide
+    ([-0.01] * 12, (0.0, 0), "holds"),
+    ([-0.01, -0.03, -0.02], (0.0, 0), UNDECIDED),  # t(2) s / sqrt(3) = 0.025
     ([-0.01, -0.03, -0.02], (0.01, 60), "holds"),  # t(60) s / sqrt(3) = 0.012
-    ([-0.02, -0.0201, -0.0199], (0.05, 60), "undecided at this scale"),  # agreement by luck
-    ([-0.06, 0.04, -0.01], (0.001, 60), "undecided at this scale"),  # a pair that varies more
-    ([-0.5], (0.01, 60), "undecided at this scale")])
-def test_verdicts_with_one_error_for_all_runs(differences, common, verdict):
+    ([-0.02, -0.0201, -0.0199], (0.05, 60), UNDECIDED),  # agreement by luck
+    ([-0.06, 0.04, -0.01], (0.001, 60), UNDECIDED),  # a pair that varies more
+    ([-0.5], (0.01, 60), UNDECIDED)])
+def test_verdicts(differences, common, verdict):
     assert reproduce.verdict(differences, common) == verdict
 
 
@@ -393,11 +388,7 @@ def test_a_lock_counts_while_its_process_lives(tmp_path, monkeypatch):
     (["--seeds=1.5"], "seeds=(1.5,)"), (["--seeds=a"], "seeds")])
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *words])
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and len(error.strip().splitlines()) == 1
+    assert message in refused(reproduce.main, words, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("word, first, n", [

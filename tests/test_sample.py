@@ -51,7 +51,6 @@ def command(monkeypatch, capsys, trained):
 
 # ---- 1. text
 
-
 @pytest.mark.parametrize(("prompt", "n", "settings"), [
     ("one two", 40, dict(temperature=0.9, top_k=20, top_p=0.95, seed=5)),  # past the context
     (None, 10, dict(temperature=0.8, seed=1)),  # from the end-of-text token, which is not printed
@@ -145,7 +144,6 @@ def test_end_of_text_and_a_padded_vocabulary(monkeypatch):
 
 
 # ---- 2. infmoe, folders, mistakes
-
 
 def test_infmoe_samples_and_mean(trained, command):
     options = ["--prompt=one ", "--max_new_tokens=12", "--temperature=0"]

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import train_helpers
-from train_helpers import (
+from train_helpers import (  # noqa: F401
     FLAVOURS,
     PYTHON,
     ROOT,
@@ -29,7 +29,7 @@ from train_helpers import (
     assert_same_run,
     assert_same_state,
     checkpoint,
-    command_line,  # noqa: F401
+    command_line,
     configs,
     environment,
     losses,
@@ -88,7 +88,6 @@ def run_crash_resume(data, out, flavour, monkeypatch, step, **changes):
 
 
 # ---- 1. the arithmetic of a step
-
 
 def test_learning_rate():
     config = train.TrainConfig(lr=1.0, min_lr=0.2, warmup_steps=4, max_steps=12)
@@ -248,7 +247,6 @@ def test_low_precision_trains(data, tmp_path, dtype):
 
 # ---- 2. what a run leaves behind
 
-
 def test_log_contract(data, tmp_path):
     columns = None
     for n_experts in (4, 9):  # the number of columns does not grow with the experts
@@ -345,7 +343,6 @@ def test_trackers_get_the_rows(data, tmp_path, monkeypatch):
 
 # ---- 3. resuming
 
-
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_resume_is_bit_for_bit(data, tmp_path, monkeypatch, flavour):
     """Crashed after step 5 was logged and step 4 saved; an epoch (250 windows) ends within."""
@@ -429,7 +426,6 @@ def test_start_from_another_run(data, tmp_path):
 
 
 # ---- 4. faults: a defined outcome, one line, nothing harmed
-
 
 def test_mistakes_in_settings(data, tmp_path, command):
     out = tmp_path / "out"
@@ -797,7 +793,6 @@ def test_memory_stays_level(tmp_path):
 
 
 # ---- 5. the plan, and compiled runs
-
 
 def test_plan(data, tmp_path, command):
     changes = dict(plan=2, max_steps=100, batch_tokens=512)

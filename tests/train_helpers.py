@@ -46,15 +46,11 @@ def make_data(folder, n_train=4001, n_val=600, shards=2):
     return folder
 
 
-def options(**settings):
-    return [f"--{key}={value}" for key, value in settings.items()]
-
-
 def train_command(data, out, flavour="dense", ranks=1, **changes):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launcher = [PYTHON, *(torchrun if ranks > 1 else [])]
     chosen = {"dataset": data, "out_dir": out} | SIZE | FLAVOURS[flavour] | TRAINING | changes
-    return [*launcher, str(ROOT / "train.py"), *options(**chosen)]
+    return [*launcher, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in chosen.items())]
 
 
 def environment(**more):
@@ -139,6 +135,16 @@ def command_line(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+def refused(main, words, monkeypatch, capsys):
+    """main() with these words as its command line -> its one line on stderr; exit code 2"""
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1, error
+    return error
 
 
 def assert_refused(result, *parts):
