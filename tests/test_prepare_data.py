@@ -144,12 +144,18 @@ def test_gpt2_offline(gpt2):
     assert gpt2.decode([15496, 50300]) == "Hello\ufffd"
 
 
-def test_gpt2_without_vocabulary_is_one_line(tmp_path):
-    offline = dict(TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"), HTTPS_PROXY="http://127.0.0.1:9")
-    source = write(tmp_path / "a.txt", "hello")
-    _, err = run_script(tmp_path / "x", source, "--tokenizer=gpt2", check=2, **offline)
-    assert err.count("\n") == 1 and "--tokenizer=bytes" in err
-    assert not list(tmp_path.glob("x*"))
+def test_gpt2_needs_no_download(tmp_path, monkeypatch):
+    """On a machine without a network and without tiktoken's cache."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    assert get_tokenizer("gpt2").encode("Hello world") == [15496, 995]
+    assert not (tmp_path / "empty").exists()
+
+
+def test_gpt2_has_the_ranks_that_tiktoken_has(gpt2):
+    """Every token of it: its own download is checked by a SHA-256."""
+    reference = tiktoken.get_encoding("gpt2")
+    assert gpt2.encoding._mergeable_ranks == reference._mergeable_ranks
+    assert gpt2.encoding._special_tokens == reference._special_tokens
 
 
 RUNS = [" " * 10**6, " " * 999_987, " " * 10**6 + "x", "\n" * 10**6 + "x",
