@@ -35,10 +35,20 @@ from support import folders, shards
 from support.files import write_atomically
 from support.folders import beside, is_shard, load_meta
 from support.shards import ShardWriter, file_sha256
-from support.sources import HUB, PYTHON_SOURCES, fetch, is_validation, list_files, read_batches
+from support.sources import (
+    HUB,
+    PYTHON_SOURCES,
+    Unreachable,
+    fetch,
+    is_validation,
+    list_files,
+    read_batches,
+)
 from support.tokenizer import get_tokenizer
 
 PART = 2**28  # bytes of local files that are done or not done together
+FIRST = 100_000_000  # training tokens that train.py begins with: one ready-made shard of FineWeb
+ENOUGH = 20_000_000  # training tokens for which packages is taken rather than stdlib
 
 
 @dataclass
@@ -315,6 +325,73 @@ def estimate(files, tokenizer, workers, config):
         took = f"on {workers} cores {clock(seconds * share)}"
         print(f"tokenize  {human(text * share)}B of text, {took}")
     print(f"write     {human(2 * tokens * share)}B")
+
+
+# ---- for train.py: a folder that is missing
+
+
+def make_missing(folder: str, allowed: bool = True, say=print) -> str:
+    """`folder`, made first if it is missing and its name is a source's. -> the folder to train on
+
+    data/fineweb begins with ready-made shards. Where the hub cannot be reached, Python sources of
+    this machine take its place, in another folder, named after what it holds. FileNotFoundError
+    for other names, and for all if not allowed.
+    """
+    path = Path(folder)
+    source, _, tokenizer = path.name.partition("_")
+    try:
+        load_meta(path)
+        return folder
+    except FileNotFoundError as error:
+        known = source in folders.SOURCES and tokenizer in ("", "gpt2")
+        if not known or (path.is_dir() and any(path.iterdir())):
+            raise
+        if not allowed:
+            raise FileNotFoundError(f"{error}; {routes(path)}") from None
+    if source not in HUB:
+        return make_first(source, tokenizer or "bytes", path, say)
+    try:
+        return make_first("pretokenized" if source == "fineweb" else source, "gpt2", path, say)
+    except Unreachable as error:
+        say(f"{folder} cannot be had: {str(error).partition(':')[0]}. Going on with Python source "
+            "of this machine, another text: its losses compare to nothing published")
+    source = "packages" if tokens_at_hand("packages") >= ENOUGH else "stdlib"
+    return make_first(source, "gpt2", path.with_name(f"{source}_gpt2"), say)
+
+
+def make_first(source, spec, path, say):
+    """Up to FIRST training tokens of a source. -> the folder"""
+    what = {
+        "pretokenized": "FineWeb's first 100M GPT-2 tokens and its validation shard, 400 MB",
+        "stdlib": "the source of Python's standard library",
+        "packages": "the source of the installed packages",
+    }
+    most = f", at most {FIRST / 1e6:.0f}M tokens" if source != "pretokenized" else ""
+    say(f"preparing {path}: {what.get(source, f'{source}, from the hub')}{most} ({spec})")
+    config = DataConfig(out_dir=str(path), tokenizer=spec, max_tokens=FIRST)
+    _, meta = prepare([source], config)
+    say(f"{path}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens")
+    if source in HUB:
+        everything = f"python prepare_data.py {source} --out_dir={path} --overwrite"
+        say(f"all of it: {everything}")
+    return str(path)
+
+
+def tokens_at_hand(source):
+    """About how many tokens of GPT-2's the files of a local source hold."""
+    try:
+        return sum(file.size for file in list_files(source, DataConfig())) / 3
+    except ValueError:  # none
+        return 0
+
+
+def routes(path):
+    """Ways to data, for who wants train.py to make none by itself."""
+    first = f"python prepare_data.py pretokenized --max_tokens={FIRST} --out_dir={path}"
+    local = "python prepare_data.py packages --tokenizer=gpt2 and --dataset=data/packages_gpt2"
+    quick = f"ready-made, 400 MB: {first}; " if path.name == "fineweb" else ""
+    alone = "train.py makes a first part by itself in one process, without --download=never"
+    return f"{quick}without a network: {local}; {alone}"
 
 
 def main():

@@ -27,7 +27,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +74,7 @@ class TrainConfig:
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile
     recompute: bool = False  # run blocks again in the backward pass: less memory, a third more time
     shard: Literal["none", "zero1", "fsdp"] = "none"  # over ranks: nothing | optimizer | all
+    download: Literal["auto", "never"] = "auto"  # make a dataset that is missing, if it is known
     timeout: int = 600  # seconds that ranks wait for one another before they call one lost
     tensorboard: bool = False  # event files in out_dir as well
     wandb: str = ""  # Weights & Biases project to log to as well
@@ -434,6 +435,12 @@ def settings(parsed):
                          f"{config.dataset} makes a folder of shards from it, to name here")
     budget.check_size(given)
     start = load_start(config)
+    if config.init_from == "resume":
+        names = {f.name for f in fields(ModelConfig)}
+        mine = {name: value for name, value in given.items() if name not in names}
+        config = folder.resumed(start, mine, config)
+    if not config.plan:
+        config = with_data(config)
     if start is None:
         with contextlib.suppress(FileNotFoundError) if config.plan else contextlib.nullcontext():
             given.setdefault("vocab_size", load_meta(config.dataset)["vocab_size"])
@@ -442,11 +449,17 @@ def settings(parsed):
         names = {f.name for f in fields(ModelConfig)}
         changed = {name: value for name, value in given.items() if name in names}
         model_config = ModelConfig(**(start["model_config"] | changed))
-        if config.init_from == "resume":
-            given = {name: value for name, value in given.items() if name not in names}
-            config = folder.resumed(start, given, config)
     budget.check_size(asdict(model_config))
     return model_config, config, start
+
+
+def with_data(config):
+    """The configuration, with its dataset made first where it is missing. Several ranks would all
+    make it at once: they are told the command instead."""
+    from prepare_data import make_missing  # a run that has its data needs nothing of it
+    allowed = config.download == "auto" and os.environ.get("WORLD_SIZE", "1") == "1"
+    say = functools.partial(say_line, not config.quiet)
+    return replace(config, dataset=make_missing(config.dataset, allowed, say))
 
 
 def main():

@@ -74,9 +74,19 @@ def check_start(model_config, config, start):
         raise ValueError(f"{path} holds another model: {'; '.join(other)}")
     if start is not None:
         check_tokenizer(config, meta, start)
+    if resume:
+        check_dataset(config, start["train_config"]["dataset"])
     if model_config.vocab_size < meta["vocab_size"]:
         raise ValueError(f"vocab_size={model_config.vocab_size} is less than the "
                          f"{meta['vocab_size']} of {config.dataset}")
+
+
+def check_dataset(config, saved):
+    """ValueError where a run would go on with another text. Folders may move, names count."""
+    if Path(saved).name != Path(config.dataset).name:
+        raise ValueError(f"{config.out_dir} was trained on {saved}, and dataset={config.dataset}: "
+                         f"--dataset={saved} goes on; --init_from={config.out_dir} --out_dir=... "
+                         "begins a new run from its weights")
 
 
 def check_tokenizer(config, meta, start):

@@ -13,7 +13,7 @@ import torch
 from support.budget import amount, flops_per_token, span, step_sizes, table
 from support.files import write_atomically
 
-NOT_KEPT = ("out_dir", "init_from", "overwrite", "plan", "quiet")  # not for a resumed run
+NOT_KEPT = ("out_dir", "init_from", "overwrite", "plan", "quiet", "download")  # by a resumed run
 
 
 def describe(trainer, start):

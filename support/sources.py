@@ -29,6 +29,10 @@ BATCH = 2**20  # bytes of text that a thread gets at a time
 LINE = 2**26  # bytes of the longest JSON line
 
 
+class Unreachable(ValueError):
+    """The hub cannot be had here: no network, or a package that is not installed."""
+
+
 class File(NamedTuple):
     name: str  # path on disk, or in the dataset
     size: int  # bytes
@@ -86,7 +90,7 @@ def hub(repo):
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise Unreachable(
             f"cannot reach {repo} on {huggingface_hub.constants.ENDPOINT} ({reason}): run it again "
             "where there is a network, it goes on where it stopped; without one: "
             "python prepare_data.py stdlib, or name local files"
@@ -99,7 +103,7 @@ def extra(module):
         return importlib.import_module(module)
     except ImportError:
         name = module.partition(".")[0]
-        raise ValueError(f'{name} is not installed: pip install -e ".[data]"') from None
+        raise Unreachable(f'{name} is not installed: pip install -e ".[data]"') from None
 
 
 def fetch(file, folder):

@@ -1,0 +1,99 @@
+"""The first hour on a fresh machine: commands as typed, without data and without a network."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_helpers import ROOT, HubServer
+from train_helpers import read_rows
+
+import prepare_data
+from support.shards import write_shard
+
+# a hub that refuses at once
+NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
+SMALL = ["--n_layer=1", "--d_model=16", "--d_ff=16", "--n_head=2", "--block_size=32",
+         "--micro_batch=2", "--batch_tokens=128", "--max_steps=2", "--eval_tokens=64",
+         "--warmup_steps=1", "--device=cpu", "--compile=false", "--dtype=float32"]
+
+
+def script(folder, *argv, timeout=300, **more):
+    """Run one of our scripts in `folder` as typed there. -> CompletedProcess"""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | NO_HUB | more
+    command = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True,
+                          timeout=timeout)
+
+
+# ---- 1. train.py makes the data that is missing
+
+
+def test_without_a_hub_it_trains_on_what_is_here_and_says_so(tmp_path):
+    """config/infmoe_small.py on data/fineweb that is not there: another text, under its own name,
+    on screen, in config.json and in the checkpoint; a resumed run does not mix them."""
+    run = lambda *more: script(tmp_path, "train.py", str(ROOT / "config/infmoe_small.py"), *SMALL,
+                               "--d_expert=16", "--infmoe_dz=4", *more)
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "data/fineweb cannot be had" in done.stdout
+    name = re.search(r"preparing (data/(packages|stdlib)_gpt2)", done.stdout)[1]
+    assert f"data     {name}: " in done.stdout and "(gpt2)" in done.stdout
+    out = tmp_path / "out/infmoe_small"
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["train"]["dataset"] == name and saved["model"]["vocab_size"] == 50304
+    assert not (tmp_path / "data/fineweb").exists()
+    # the same line goes on with the same text; real data under the old name is refused
+    again = run("--init_from=resume", "--max_steps=3")
+    assert again.returncode == 0 and read_rows(out)[-1]["step"] == "3", again.stderr
+    write_shard_folder(tmp_path / "data/fineweb")
+    mixed = run("--init_from=resume", "--max_steps=4")
+    assert mixed.returncode == 2 and mixed.stderr.count("\n") == 1
+    assert f"was trained on {name}, and dataset=data/fineweb" in mixed.stderr
+
+
+def write_shard_folder(folder):
+    folder.mkdir(parents=True)
+    for split in ("train", "val"):
+        write_shard(folder / f"{split}_000000.bin", [15496, 995] * 200)
+    (folder / "meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
+
+
+def test_with_a_hub_it_takes_one_shard_of_each_split(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    files = {}
+    for name in ("val_000000", "train_000001", "train_000002"):
+        write_shard(tmp_path / "x.bin", [15496, 995] * 300)
+        files[f"fineweb_{name}.bin"] = (tmp_path / "x.bin").read_bytes()
+    program = ("import prepare_data, sys; prepare_data.FIRST = 600; "
+               "print(prepare_data.make_missing('data/fineweb'))")
+    with HubServer(files) as hub:
+        env = os.environ | hub.env | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "600 training and 600 validation tokens" in done.stdout
+    meta = json.loads((tmp_path / "data/fineweb/meta.json").read_text())
+    assert list(meta["shards"]) == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]
+
+
+def test_never_lists_the_routes(tmp_path):
+    for more, env in ((["--download=never"], {}), ([], {"WORLD_SIZE": "2", "RANK": "0"})):
+        done = script(tmp_path, "train.py", str(ROOT / "config/infmoe_small.py"), *more, **env)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        for route in ("prepare_data.py fineweb", "prepare_data.py pretokenized --max_tokens=",
+                      "prepare_data.py packages --tokenizer=gpt2"):
+            assert route in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_no_source_and_folders_with_something_in_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/stdlib").mkdir(parents=True)
+    Path("data/stdlib/notes.txt").write_text("mine")
+    for name in ("data/mine", "data/stdlib", "data/stdlib_mine"):
+        with pytest.raises(FileNotFoundError, match=r"python prepare_data\.py"):
+            prepare_data.make_missing(name)
+    assert [p.name for p in Path("data").rglob("*")] == ["stdlib", "notes.txt"]
