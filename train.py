@@ -43,7 +43,7 @@ import kernels
 from configurator import fail, parse
 from model import GPT, ModelConfig
 from support import budget, checkpoint, cpu, files, folder, machine
-from support.report import describe, draw_loss, log_row, open_trackers, summary, tell
+from support.report import describe, draw_loss, log_row, open_trackers, progress, summary, tell
 from support.shards import ShardReader, load_meta
 
 
@@ -121,8 +121,12 @@ class Trainer:
         self.train_data = ShardReader(config.dataset, "train", **shape)
         self.val_data = ShardReader(config.dataset, "val", **shape)
         self.tokenizer = load_meta(config.dataset)["tokenizer"]
+        self.moved = lambda done: None  # called after each micro-step with how many are done
         held = sum(t.nbytes for t in (start or {"model": {}})["model"].values())
-        budget.check_memory(on_meta(model_config), config, ranks.size, ranks.device, 4 * held)
+        micro, self.memory_note = budget.choose_micro_batch(
+            on_meta(model_config), config, ranks.size, ranks.device, 4 * held)
+        config = self.config = replace(config, micro_batch=micro)
+        self.accumulation = budget.accumulation_steps(config, size, ranks.size)
         self.n_params, self.n_active = model_config.n_params(), model_config.n_active_params()
         device = ranks.device
         self.compiled, self.compile_reason = machine.pick_compile(config, device, self.n_active)
@@ -247,6 +251,7 @@ def train_step(trainer, step):
             aux = sum(out.aux.values(), start=torch.zeros_like(out.loss))
             trainer.scaler.scale((out.loss + aux) / trainer.accumulation).backward()
         losses += torch.stack((out.loss, aux)).detach()
+        trainer.moved(a + 1)
         stats = {name: value.detach() + stats.get(name, 0) for name, value in out.stats.items()}
     # Clip, and move the weights.
     norm = update(trainer, lr_at(c, step))
@@ -334,6 +339,7 @@ def train(model_config, config, start=None):
         if ranks.rank == 0:
             stack.enter_context(files.lock(config.out_dir))
         trainer = Trainer(model_config, config, start, ranks)
+        config = trainer.config
         allow_compiling(trainer, stack)
         say(describe(trainer, start))
         (start or {}).clear()  # a run needs the memory
@@ -343,7 +349,8 @@ def train(model_config, config, start=None):
             trackers = [functools.partial(log_row, Path(config.out_dir, "log.csv"))]
             trackers += open_trackers(config, settings, stack)
         ready = functools.partial(folder.open_folder, trainer, settings, first)
-        result = loop(trainer, first, before, stop, ready, trackers, say)
+        bar = stack.enter_context(progress(trainer, first, say))
+        result = loop(trainer, first, before, stop, ready, trackers, bar, say)
         if not result["finished"]:
             name = signal.Signals(result["signal"]).name
             say(f"stopped by {name} after step {result['step']}, which is saved; to go on: "
@@ -367,7 +374,7 @@ def say_line(aloud, text):
         sys.stdout.flush()
 
 
-def loop(trainer, first, before, stop, ready, trackers, say):
+def loop(trainer, first, before, stop, ready, trackers, bar, say):
     """The steps after `first` -> what train returns.
 
     before: seconds spent already; stop: signals received; ready: to be called after the first step.
@@ -375,8 +382,6 @@ def loop(trainer, first, before, stop, ready, trackers, say):
     c, ranks, size = trainer.config, trainer.ranks, trainer.model_config.block_size
     result = {"n_params": trainer.n_params, "n_active_params": trainer.n_active, "val_loss": None}
     began, peak = time.perf_counter() - before, budget.peak_flops(ranks.device)
-    hidden = ranks.rank > 0 or c.quiet or not sys.stderr.isatty()
-    bar = tqdm(total=c.max_steps, initial=first, disable=hidden, unit="step", dynamic_ncols=True)
     for step in range(first + 1, c.max_steps + 1):
         # One step; a loss that is not finite would only get worse.
         tick = time.perf_counter()
@@ -410,7 +415,6 @@ def loop(trainer, first, before, stop, ready, trackers, say):
             folder.save(trainer, step, time.perf_counter() - began, result["val_loss"])
         if stopped:
             break
-    bar.close()
     if step == c.max_steps:
         return result | {"finished": True, "signal": None}
     return result | {"finished": False, "signal": stop[0] if stop else signal.SIGTERM}

@@ -178,13 +178,57 @@ def check_memory(model, c, n_ranks, device, held=0):
     fixed = sum(size for use, size in memory.items() if use != "activations")
     if fixed + 0.7 * memory["activations"] <= free:
         return
-    per_sequence = memory["activations"] / c.micro_batch
-    fitting = int((free - fixed) // per_sequence)
     advice = "fewer or smaller layers (or a smaller batch_tokens) would"
-    if fitting >= 1:
-        advice = f"--micro_batch={2 ** int(math.log2(fitting))} would fit"
+    micro = fitting(c, memory, free)
+    if micro:
+        advice = f"--micro_batch={micro} would fit"
+    elif not c.recompute and fixed < free:
+        advice = f"--recompute takes less, {advice}"
+    advice += f"; {twin(model.config)} is a small twin"
     raise ValueError(f"this run needs about {sum(memory.values()) / 1e9:,.1f} GB "
                      f"({in_gigabytes(memory)}), and {free / 1e9:,.1f} GB are {where}: {advice}")
+
+
+def fitting(c, memory, free):
+    """The largest power of two for micro_batch that fits in `free` bytes; 0: none."""
+    per_sequence = memory["activations"] / c.micro_batch
+    fixed = sum(size for use, size in memory.items() if use != "activations")
+    room = int((free - fixed) // per_sequence)
+    return 2 ** int(math.log2(room)) if room >= 1 else 0
+
+
+def choose_micro_batch(model, c, n_ranks, device, held=0):
+    """-> (micro_batch, "") as configured, or on a single rank the largest that fits and why.
+
+    The step stays what it is, in more micro-steps. ValueError where nothing fits.
+    """
+    try:
+        check_memory(model, c, n_ranks, device, held)
+        return c.micro_batch, ""
+    except ValueError:
+        memory, (free, where) = memory_per_rank(model, c, n_ranks), free_memory(device)
+        micro = fitting(c, memory, free + held)
+        if n_ranks > 1 or not micro or c.batch_tokens % (micro * model.config.block_size):
+            raise
+        need = sum(memory.values())
+        return micro, (f"micro_batch {c.micro_batch} would take about {need / 1e9:,.1f} GB, and "
+                       f"{(free + held) / 1e9:,.1f} GB are {where}: {micro} instead, in more "
+                       "micro-steps; batch_tokens stays")
+
+
+def twin(m):
+    """The config file of the same idea that takes minutes on a CPU."""
+    return f"config/tiny_{m.flavour if m.flavour in ('dense', 'infmoe', 'unipool') else 'moe'}.py"
+
+
+def long_run(m, c, n_ranks, device, steps):
+    """A sentence about a run of more than a day; "" for shorter ones, and for unknown hardware."""
+    peak = cpu_flops() if device.type == "cpu" else peak_flops(device)
+    seconds = flops_per_token(m) * steps * c.batch_tokens / (REACHED * n_ranks * (peak or math.inf))
+    if seconds < 86400:
+        return ""
+    return (f"about {seconds / 86400:,.0f} days here (--plan says how that is counted); "
+            f"{twin(m)} is a small twin, minutes on a CPU. It starts all the same, and Ctrl-C saves")
 
 
 # ---- the plan

@@ -1,16 +1,21 @@
 """What a training run says: its first and last screen, log.csv, its picture, and other trackers."""
 
+import contextlib
 import csv
 import importlib
 import importlib.util
 import math
+import sys
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from support.budget import amount, flops_per_token, span, step_sizes, table
+from support.budget import amount, flops_per_token, long_run, span, step_sizes, table
 from support.files import write_atomically
 
 NOT_KEPT = ("out_dir", "init_from", "overwrite", "plan", "quiet", "download")  # by a resumed run
@@ -38,6 +43,12 @@ def describe(trainer, start):
                            "first validation; half a minute each, longer for deep models")
     if trainer.backend:
         rows["experts"] = trainer.backend
+    if trainer.memory_note:
+        rows["memory"] = trainer.memory_note
+    done = start["step"] if c.init_from == "resume" else 0
+    long = long_run(m, c, trainer.ranks.size, device, c.max_steps - done)
+    if long:
+        rows["time"] = long
     if c.init_from == "resume":
         changed = changes(start["train_config"], c)
         rows["start"] = "; ".join([f"after step {start['step']}", *changed])
@@ -70,6 +81,45 @@ def summary(trainer, result, picture):
         loss=f"validation {loss:.4f} {unit}, training {result['train_loss']:.4f}",
         files=f"{out}/: ckpt.pt, config.json, log.csv{', loss.png' if picture else ''}",
         next=f"python sample.py --out_dir={out}")
+
+
+@contextlib.contextmanager
+def progress(trainer, first, say):
+    """The bar of the steps, which also counts the micro-steps of a long one and keeps time; where
+    there is no terminal, a line once the first micro-step shows how long a step takes."""
+    c, count = trainer.config, trainer.accumulation
+    hidden = trainer.ranks.rank > 0 or c.quiet or not sys.stderr.isatty()
+    compiling = f"compiling, about {30 + 5 * trainer.model_config.n_layer} s"
+    began, ended = time.monotonic(), threading.Event()
+    if trainer.compiled:
+        say(compiling)
+    bar = tqdm(total=c.max_steps, initial=first, disable=hidden, unit="step", dynamic_ncols=True)
+
+    def moved(done):
+        if count > 1:
+            bar.set_postfix_str(f"micro-step {done} of {count}")
+        seconds = time.monotonic() - began
+        if bar.n == first and done == 1 < count and hidden and seconds > 10:
+            say(f"the first of {count} micro-steps took {span(seconds)}; a line for each "
+                f"validation, every {c.eval_every} steps")
+
+    def keep_time():
+        while not ended.wait(1):
+            bar.refresh()
+
+    if trainer.compiled or count > 1:
+        bar.set_postfix_str(compiling if trainer.compiled else f"micro-step 0 of {count}")
+    trainer.moved = moved
+    clock = threading.Thread(target=keep_time, daemon=True)
+    try:
+        if not hidden:
+            clock.start()
+        yield bar
+    finally:
+        ended.set()
+        if not hidden:
+            clock.join()
+        bar.close()
 
 
 def tell(trainer, row, bar, say, peak):

@@ -1,16 +1,25 @@
 """The first hour on a fresh machine: commands as typed, without data and without a network."""
+import fcntl
 import json
 import os
+import pty
 import re
+import resource
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
+import torch
 from data_helpers import ROOT, HubServer
-from train_helpers import read_rows
+from train_helpers import configs, make_data, read_rows, train_command
 
 import prepare_data
+import train
+from model import ModelConfig
+from support import budget
 from support.shards import write_shard
 
 # a hub that refuses at once
@@ -97,3 +106,64 @@ def test_names_that_are_no_source_and_folders_with_something_in_them(tmp_path, m
         with pytest.raises(FileNotFoundError, match=r"python prepare_data\.py"):
             prepare_data.make_missing(name)
     assert [p.name for p in Path("data").rglob("*")] == ["stdlib", "notes.txt"]
+
+
+# ---- 2. what fits, how long it takes, and something that moves
+
+
+def test_a_micro_batch_that_does_not_fit_is_lowered(monkeypatch):
+    """On one rank, to a power of two, and said; several ranks are refused, with what would fit."""
+    model = train.on_meta(ModelConfig(n_layer=2, n_head=2, d_model=32, flavour="infmoe"))
+    size, cpu = model.config.block_size, torch.device("cpu")
+    config = train.TrainConfig(micro_batch=4096, batch_tokens=4096 * size, dtype="float32")
+    assert budget.choose_micro_batch(model, config, 1, cpu) == (4096, "")
+    need = sum(budget.memory_per_rank(model, config, 1).values())
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (used + int(need / 5), 0))
+    micro, why = budget.choose_micro_batch(model, config, 1, cpu)
+    assert micro == 512 and "micro_batch 4096 would take" in why and "512 instead" in why
+    with pytest.raises(ValueError, match=r"--micro_batch=512 would fit; config/tiny_infmoe\.py"):
+        budget.choose_micro_batch(model, config, 2, cpu)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (used + int(need / 8192), 0))
+    with pytest.raises(ValueError, match=r"config/tiny_infmoe\.py is a small twin"):
+        budget.choose_micro_batch(model, config, 1, cpu)
+
+
+def test_a_run_of_days_says_so():
+    small, c = ModelConfig(n_layer=2, n_head=2, d_model=32), train.TrainConfig()
+    cpu = torch.device("cpu")
+    assert budget.long_run(small, c, 1, cpu, 300) == ""
+    large = ModelConfig(flavour="infmoe", n_layer=12, n_head=12, d_model=768)
+    assert re.match(r"about [\d,]+ days here.*config/tiny_infmoe.py",
+                    budget.long_run(large, c, 1, cpu, 10**7))
+
+
+def test_the_bar_counts_micro_steps(tmp_path):
+    """On a terminal: a pseudo one."""
+    data = make_data(tmp_path / "data")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = train_command(data, tmp_path / "out", batch_tokens=512, micro_batch=1, max_steps=2)
+    running = subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=tmp_path)
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 4096):
+            shown += piece
+    except OSError:  # the other end is closed
+        pass
+    assert running.wait() == 0 and b"micro-step 0 of 32" in shown
+    assert re.search(rb"2/2 .*finished", shown, flags=re.S)
+
+
+def test_the_lowered_micro_batch_is_what_the_run_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "check_memory", refuse)
+    monkeypatch.setattr(budget, "fitting", lambda *_: 2)
+    data = make_data(tmp_path / "data")
+    assert train.train(*configs(data, tmp_path / "out", max_steps=1))["finished"]
+    saved = json.loads((tmp_path / "out/config.json").read_text())["train"]
+    assert (saved["micro_batch"], saved["batch_tokens"]) == (2, 256)
+
+
+def refuse(*_):
+    raise ValueError("too much")

@@ -575,7 +575,6 @@ def test_absurd_sizes(data, tmp_path, command):
              (dict(d_model=100_000), "GB are"), (dict(d_model=10**14), "beyond any machine"),
              (dict(batch_tokens=10**13 * 16), "GB are"),
              (dict(batch_tokens=1e20), "batch_tokens=1000"),
-             (dict(micro_batch=10**8, batch_tokens=16 * 10**8), "--micro_batch="),
              (dict(lr="inf"), "lr=inf"), (dict(weight_decay="inf"), "weight_decay=inf"),
              (dict(beta1=1), "beta1=1"), (dict(timeout=1e17), "timeout="),
              (dict(device="cuda:x"), "device="),
