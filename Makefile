@@ -29,12 +29,13 @@ setup: $(TOOLS)
 	.venv/bin/python -m pip install --quiet --editable ".[dev]"
 	touch .venv/tools
 
-# The main job on text that needs no download: prepare, train, sample, and ask the router what it knows.
+# The main job on text that needs no download: prepare, train, sample, ask the router what it knows, and draw the page.
+# A quick look:  TRAIN=--max_steps=20 make demo
 demo: $(READY)
 	$(PYTHON) prepare_data.py stdlib
-	$(PYTHON) train.py config/tiny_unipool.py --out_dir=out/demo --overwrite
+	$(PYTHON) train.py config/tiny_unipool.py --out_dir=out/demo --overwrite $(TRAIN)
 	$(PYTHON) sample.py --out_dir=out/demo --prompt="def " --max_new_tokens=400 --temperature=0.8 --seed=1
-	$(PYTHON) probe.py --out_dir=out/demo --random-router-from --routing --tokens=8192
+	$(PYTHON) probe.py --out_dir=out/demo --random-router-from 12 --routing --page --tokens=4096
 
 # Two workers where pytest-xdist is there; files stay whole, because their tests share trained models.
 XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 2 --dist loadfile")

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -41,6 +42,7 @@ from support.sources import (
     Unreachable,
     fetch,
     is_validation,
+    knock,
     list_files,
     read_batches,
 )
@@ -351,12 +353,14 @@ def make_missing(folder: str, allowed: bool = True, say=print) -> str:
     if source not in HUB:
         return make_first(source, tokenizer or "bytes", path, say)
     try:
+        knock()
         return make_first("pretokenized" if source == "fineweb" else source, "gpt2", path, say)
     except Unreachable as error:
-        say(f"{folder} cannot be had: {str(error).partition(':')[0]}. Going on with Python source "
-            "of this machine, another text: its losses compare to nothing published")
+        reason = re.split(r" \(|: ", str(error))[0]
+        say(f"{folder} cannot be had: {reason}. Going on with Python source of this machine, "
+            "another text: its losses compare to nothing published")
     source = "packages" if tokens_at_hand("packages") >= ENOUGH else "stdlib"
-    return make_first(source, "gpt2", path.with_name(f"{source}_gpt2"), say)
+    return make_missing(str(path.with_name(f"{source}_gpt2")), allowed, say)
 
 
 def make_first(source, spec, path, say):
@@ -366,14 +370,16 @@ def make_first(source, spec, path, say):
         "stdlib": "the source of Python's standard library",
         "packages": "the source of the installed packages",
     }
-    most = f", at most {FIRST / 1e6:.0f}M tokens" if source != "pretokenized" else ""
+    # all of stdlib, as `prepare_data.py stdlib` makes it: the same settings are the same folder
+    limit = FIRST if source in HUB else {"packages": ENOUGH}.get(source)
+    most = f", at most {limit / 1e6:.0f}M tokens" if limit and source != "pretokenized" else ""
     say(f"preparing {path}: {what.get(source, f'{source}, from the hub')}{most} ({spec})")
-    config = DataConfig(out_dir=str(path), tokenizer=spec, max_tokens=FIRST)
+    config = DataConfig(out_dir=str(path), tokenizer=spec, max_tokens=limit)
     _, meta = prepare([source], config)
     say(f"{path}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens")
-    if source in HUB:
-        everything = f"python prepare_data.py {source} --out_dir={path} --overwrite"
-        say(f"all of it: {everything}")
+    option = "" if source in HUB else f" --tokenizer={spec}"
+    if limit:
+        say(f"all of it: python prepare_data.py {source}{option} --out_dir={path} --overwrite")
     return str(path)
 
 

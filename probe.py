@@ -1,10 +1,11 @@
 """Ask a trained router what it knows: probes of experts, on our checkpoints and on transformers'.
 
-    python probe.py                            # newest checkpoint: --random-router-from --routing
+    python probe.py                            # newest finished run: --random-router-from --routing
     python probe.py --random-router-from 12    # UniPool's probe, one layer at a time from 12 on
     python probe.py --random-router-from --choice=both --all-at-once  # the deep half, together
     python probe.py --random-router-from --tasks=arc_easy,piqa        # measured on benchmarks
     python probe.py --routing --overlap --pathways   # who is used; do experts differ; any paths?
+    python probe.py --page --compare=out/x     # a page to look at, two models side by side
     python probe.py --samples=1,2,4,8          # infinity-MoE: quality and speed against K
     python probe.py --hf=mistralai/Mixtral-8x7B-v0.1 --dataset=notes.txt --load_in_4bit \\
                     --device_map=auto --routing
@@ -18,6 +19,7 @@ import contextlib
 import dataclasses
 import itertools
 import re
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -37,11 +39,10 @@ import losses
 import moe
 from configurator import fail, parse
 from model import GPT, load_checkpoint
-from support import figures, hf, placement
-from support.checkpoint import newest_run
+from support import figures, hf, page, placement
 from support.machine import pick_device
 from support.noise import normal_noise, uniform_noise
-from support.results import print_table, save_results
+from support.results import keep_earlier, newest_finished, print_table, save_results
 from support.shards import ShardReader, load_meta
 from support.tokenizer import get_tokenizer
 
@@ -51,7 +52,8 @@ FAMILIES = ("Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3, gpt
 
 @dataclass
 class ProbeConfig:
-    out_dir: str | None = None  # folder of a checkpoint; None: the newest under out/
+    out_dir: str | None = None  # folder of a checkpoint; None: the newest finished one under out/
+    train: Literal["auto", "never"] = "auto"  # the demo's model, where out/ holds no checkpoint
     hf: str | None = None  # instead: a model of transformers', its name on the hub or its folder
     dataset: str | None = None  # folder of shards, or a text file; None: as trained
     save_dir: str | None = None  # receives JSON and figures; None: out_dir, or out/hf_NAME
@@ -68,6 +70,8 @@ class ProbeConfig:
     routing: bool = False  # use of experts per layer and summed, entropy, unused experts
     overlap: bool = False  # mean |cos| between the activations of one token's experts
     pathways: bool = False  # path consistency, transitions, placement on devices, cache of experts
+    page: bool = False  # page.html: click through the first tokens and see who works on them
+    compare: str | None = None  # page: folder of a second checkpoint, beside the first
     devices: int = 4  # pathways: devices that the experts are spread over
     samples: tuple | None = None  # infmoe: compare these numbers of samples K
     tokens: int = 16384  # held-out tokens, always the first ones
@@ -87,7 +91,9 @@ class ProbeConfig:
             raise ValueError(f"out_dir={self.out_dir} and hf={self.hf}: one model at a time")
         if any(not isinstance(k, int) or k < 1 for k in self.samples or ()):
             raise ValueError(f"samples={self.samples}: whole numbers from 1, such as 1,2,4")
-        asked = self.routing or self.overlap or self.pathways or self.samples
+        if self.compare and not self.page:
+            raise ValueError(f"compare={self.compare} is a second model on the page: add --page")
+        asked = self.routing or self.overlap or self.pathways or self.samples or self.page
         if self.random_router_from is None and not asked:
             self.random_router_from = self.routing = True
         if self.random_router_from is False:
@@ -412,6 +418,10 @@ def random_router(subject, config, save):
 def layers_from(subject, start):
     """The layers with experts from block `start` on; True: from the middle of the depth on."""
     middle = subject.depth // 2
+    if start is not True and start >= subject.depth:
+        print(f"layer {start} is beyond the {subject.depth} layers of this model: its deep half "
+              f"instead, from layer {middle} on")
+        start = True
     start = middle if start is True else start
     layers = [layer for layer in subject.layers if layer.index >= start]
     if start < 0 or not layers:
@@ -693,17 +703,85 @@ def samples(subject, config, save):
     save("samples", {"rows": rows}, lambda: figures.samples(subject.name, rows, subject.unit))
 
 
-# ---- 7. the command line
+# ---- 7. a page to look at
+
+PAGE_TOKENS = 96  # a page of them stays below 300 kB
+
+
+def write_page(subject, config, save):
+    """page.html: who works on the first held-out tokens; with --compare, in two models."""
+    subjects = [subject]
+    if config.compare:
+        other = dict(out_dir=config.compare, hf=None, dataset=dataset_of(config))
+        subjects.append(load_ours(dataclasses.replace(config, **other)))
+        names = [getattr(s.tokenizer, "name", s.tokenizer) for s in subjects]
+        if names[0] != names[1]:
+            raise ValueError(f"{subject.name} reads {names[0]} tokens, and {config.compare} "
+                             f"{names[1]}: the page compares token by token")
+    length = min(PAGE_TOKENS, *(s.windows.shape[1] - 1 for s in subjects))
+    tokens = subject.windows[0][:length + 1]
+    models = [page.collect(s.model, reader(s.tokenizer), tokens, s.name, **s.options)
+              for s in subjects]
+    folder = folder_of(config)
+    kept = keep_earlier(folder, "page")
+    page.write_page(folder / "page.html", models)
+    print(f"wrote {folder / 'page.html'}{kept}: open it in a browser\n")
+
+
+def dataset_of(config):
+    """The text that the first model reads."""
+    if config.dataset or config.hf:
+        return config.dataset
+    return load_checkpoint(Path(config.out_dir, "ckpt.pt"))["train_config"]["dataset"]
+
+
+def reader(tokenizer):
+    """Something that decodes: ours does; transformers' is known by its model's name."""
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    try:
+        return hf.need_transformers().AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError):  # none there: tokens are shown as numbers
+        return None
+
+
+# ---- 8. the command line
+
+
+def find_model(config):
+    """The folder to probe where none is named: the newest finished run; else the demo's, trained
+    first."""
+    try:
+        folder, note = newest_finished()
+        print(f"{note}: {folder}")
+        return str(folder)
+    except FileNotFoundError as error:
+        if config.train == "never":
+            raise
+        print(f"{str(error).partition(':')[0]}: training the demo's model first, about 6 minutes "
+              "on two quiet cores (--train=never refuses)", flush=True)
+    root, out = Path(__file__).resolve().parent, "out/demo"
+    command = [sys.executable, str(root / "train.py"), str(root / "config/tiny_unipool.py")]
+    if subprocess.run([*command, f"--out_dir={out}"]).returncode:
+        raise ValueError(f"the demo's model is not there, since train.py ended early: "
+                         f"python train.py --init_from=resume --out_dir={out} goes on")
+    return out
 
 
 def saver(subject, config):
     """-> save(name, results, draw): name.json, and name.png if matplotlib is there."""
-    theirs = f"out/hf_{Path(config.hf).name}" if config.hf else config.out_dir
     head = {"model": subject.name, "held_out_tokens": subject.windows[:, 1:].size,
             "settings": dataclasses.asdict(config)}
+    folder = folder_of(config)
+    return lambda name, results, draw: save_results(folder, name, head | results, draw)
+
+
+def folder_of(config):
+    """What receives the files of a probe."""
+    theirs = f"out/hf_{Path(config.hf).name}" if config.hf else config.out_dir
     folder = Path(config.save_dir or theirs)
     folder.mkdir(parents=True, exist_ok=True)
-    return lambda name, results, draw: save_results(folder, name, head | results, draw)
+    return folder
 
 
 def probe(config: ProbeConfig) -> int:
@@ -712,7 +790,7 @@ def probe(config: ProbeConfig) -> int:
     -> how many could not be done; each of these says why in one line on stderr.
     """
     if not config.hf:
-        config.out_dir = config.out_dir or str(newest_run())
+        config.out_dir = config.out_dir or find_model(config)
     subject = load_hf(config) if config.hf else load_ours(config)
     if not subject.layers:
         raise ValueError(f"{subject.name} is dense: there is no router to ask")
@@ -720,13 +798,15 @@ def probe(config: ProbeConfig) -> int:
     print(f"{subject.name}\n{n:,} held-out tokens in {windows} windows\n")
     save, failed = saver(subject, config), 0
     asked = {random_router: config.random_router_from is not None, routing: config.routing,
-             overlap: config.overlap, pathways: config.pathways, samples: config.samples}
+             overlap: config.overlap, pathways: config.pathways, samples: config.samples,
+             write_page: config.page}
     for run in (run for run, wanted in asked.items() if wanted):
         try:
             run(subject, config, save)
         except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
             reason = str(error).replace("\n", " ")
-            print(f"error: --{run.__name__}: {reason}", file=sys.stderr)
+            name = run.__name__.removeprefix("write_")
+            print(f"error: --{name}: {reason}", file=sys.stderr)
             failed += 1
     return failed
 

@@ -1,4 +1,4 @@
-"""UniPool in small: eight layers, and one pool of 64 experts that all of them route into.
+"""UniPool 469M's depth in small: 24 layers, and one pool of 96 experts that all of them route into.
 
 CPU, minutes.
 """
@@ -6,10 +6,10 @@ from config.tiny_dense import *
 
 out_dir = "out/tiny_unipool"
 flavour = "unipool"  # NormRouter, top 1, pool loss, one pool
-n_layer = 8
-n_experts = 64
-n_head = 3
-d_model = 96
-d_ff = 192
-init_std = 0.06
-max_steps = 700
+n_layer = 24
+n_experts = 96  # four a layer
+n_head = 2
+d_model = 64
+d_ff = 128
+init_std = 0.07
+max_steps = 450

@@ -228,7 +228,7 @@ def long_run(m, c, n_ranks, device, steps):
     if seconds < 86400:
         return ""
     return (f"about {seconds / 86400:,.0f} days here (--plan says how that is counted); "
-            f"{twin(m)} is a small twin, minutes on a CPU. It starts all the same, and Ctrl-C saves")
+            f"{twin(m)} is a small twin, minutes on a CPU. It starts; Ctrl-C saves")
 
 
 # ---- the plan

@@ -2,6 +2,9 @@
 import itertools
 import json
 import os
+from pathlib import Path
+
+import torch
 
 from support import figures
 from support.files import write_atomically
@@ -17,14 +20,33 @@ def print_table(names, rows):
 
 
 def keep_earlier(folder, name):
-    """Rename name.json and name.png of an earlier probe, if any, to name-N. -> what to say of it"""
-    earlier = [path for end in (".json", ".png") if os.path.lexists(path := folder / (name + end))]
+    """Rename an earlier probe's files, name.json and others, to name-N. -> what to say of it"""
+    ends = (".json", ".png", ".html")
+    earlier = [path for end in ends if os.path.lexists(path := folder / (name + end))]
     if not earlier:
         return ""
     number = next(n for n in itertools.count(1) if not list(folder.glob(f"{name}-{n}.*")))
     for path in earlier:
         path.rename(folder / f"{name}-{number}{path.suffix}")
     return f"; the one before is now {name}-{number}"
+
+
+def newest_finished(folder="out"):
+    """The newest run with all of its steps, or the newest if none has. -> its folder, what it is"""
+    paths = sorted(Path(folder).glob("**/ckpt.pt"), key=lambda path: -path.stat().st_mtime)
+    if not paths:
+        raise FileNotFoundError(f"no checkpoint under {folder}/: train one with  python train.py, "
+                                "or name a folder by --out_dir")
+    done = next((path for path in paths if is_finished(path)), None)
+    return (done or paths[0]).parent, "the newest finished run" if done else "the newest run"
+
+
+def is_finished(path):
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return saved["step"] >= saved["train_config"].get("max_steps", 0)
+    except Exception:  # damaged: of many types; whoever loads it says how
+        return False
 
 
 def save_results(folder, name, results, draw):

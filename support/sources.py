@@ -10,6 +10,8 @@ import json
 import random
 import re
 import sysconfig
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +97,17 @@ def hub(repo):
             "where there is a network, it goes on where it stopped; without one: "
             "python prepare_data.py stdlib, or name local files"
         ) from None
+
+
+def knock(seconds=5):
+    """Unreachable where the hub does not answer: its own client would try for half a minute."""
+    address = extra("huggingface_hub").constants.ENDPOINT
+    try:
+        urllib.request.urlopen(address, timeout=seconds).close()
+    except urllib.error.HTTPError:  # an answer
+        pass
+    except OSError:  # no such name, refused, timed out
+        raise Unreachable(f"{address} does not answer") from None
 
 
 def extra(module):

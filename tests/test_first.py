@@ -167,3 +167,66 @@ def test_the_lowered_micro_batch_is_what_the_run_keeps(tmp_path, monkeypatch):
 
 def refuse(*_):
     raise ValueError("too much")
+
+
+# ---- 3. probe.py answers
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Two finished runs and a newer one that was stopped half-way."""
+    monkeypatch.chdir(tmp_path)
+    data = make_data(tmp_path / "data")
+    for place, (name, flavour) in enumerate({"pool": "unipool", "bank": "topk"}.items()):
+        train.train(*configs(data, f"out/{name}", flavour, n_layer=3, max_steps=2))
+        os.utime(f"out/{name}/ckpt.pt", (100 + place, 100 + place))
+    train.train(*configs(data, "out/half", "topk", max_steps=2))
+    saved = torch.load("out/half/ckpt.pt", weights_only=True)
+    torch.save(saved | {"step": 1}, "out/half/ckpt.pt")
+    return tmp_path
+
+
+PROBE = ["--device=cpu", "--tokens=64", "--seeds=1"]
+
+
+def test_probe_takes_the_newest_finished_run_and_beyond_its_depth_the_deep_half(runs):
+    done = script(runs, "probe.py", "--random-router-from", "12", *PROBE)
+    assert done.returncode == 0, done.stderr
+    assert "the newest finished run: out/bank" in done.stdout
+    assert "layer 12 is beyond the 3 layers" in done.stdout and "from layer 1 on" in done.stdout
+    found = json.loads(Path("out/bank/random_router.json").read_text())
+    assert {row["layer"] for row in found["rows"]} == {"1", "2", "mean"}
+
+
+def test_the_page_of_one_model_and_of_two(runs):
+    for more, n in ([], 1), (["--compare=out/bank"], 2):
+        done = script(runs, "probe.py", "--out_dir=out/pool", "--page", *more, *PROBE)
+        assert done.returncode == 0, done.stderr
+        html = Path("out/pool/page.html").read_text()
+        assert html.count('"banks":') == n and "out/pool (unipool" in html
+    assert Path("out/pool/page-1.html").exists() and "out/bank (topk" in html
+    done = script(runs, "probe.py", "--out_dir=out/pool", "--compare=out/bank", *PROBE)
+    assert done.returncode == 2 and "add --page" in done.stderr
+
+
+def test_without_a_checkpoint_it_trains_the_demos_model(tmp_path):
+    """The real config, cut short by a config of this test: the command is the demo's."""
+    done = script(tmp_path, "probe.py", "--train=never", *PROBE)
+    assert done.returncode == 2 and "no checkpoint under out/" in done.stderr
+    make_data(tmp_path / "data/stdlib")
+    program = f"""import sys, subprocess, probe
+real = subprocess.run
+subprocess.run = lambda command: real([*command, *{SMALL[:3]}, "--n_experts=4", "--block_size=32",
+    "--n_head=2", "--micro_batch=2", "--batch_tokens=128", "--max_steps=2", "--eval_tokens=64"])
+sys.argv = ["probe.py", "--random-router-from", "12", *{PROBE}]
+probe.main()"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "training the demo's model first, about 6 minutes" in done.stdout
+    assert (tmp_path / "out/demo/random_router.json").exists()
+
+
+def test_the_demos_model_has_12_layers_behind_layer_12():
+    source = (ROOT / "config/tiny_unipool.py").read_text()
+    assert "n_layer = 24" in source and "n_experts = 96" in source

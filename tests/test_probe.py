@@ -700,7 +700,6 @@ def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeyp
 
 @pytest.mark.parametrize("settings, argv, words", [
     ({}, ["--routing"], "is dense"),
-    (TOPK, ["--random-router-from", "4"], "random_router_from=4 leaves nothing to randomise"),
     (TOPK, ["--random-router-from=-1"], "leaves nothing"),
     (TOPK | dict(top_k=3), ["--random-router-from", "--choice=matched", "--matched_experts=2"],
      "raise --matched_experts"),
@@ -725,7 +724,7 @@ def test_mistakes_are_one_line(settings, argv, words, tmp_path, data, monkeypatc
 
 def test_nothing_to_probe(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for argv, words in ((["--routing"], "no checkpoint under out/"),
+    for argv, words in ((["--routing", "--train=never"], "no checkpoint under out/"),
                         (["--hf=x"], "--hf needs --dataset")):
         with pytest.raises(SystemExit):
             command(monkeypatch, *argv)
