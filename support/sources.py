@@ -101,7 +101,7 @@ def hub(repo):
 
 def knock(seconds=5):
     """Unreachable where the hub does not answer: its own client would try for half a minute."""
-    address = extra("huggingface_hub").constants.ENDPOINT
+    address = extra("huggingface_hub.constants").ENDPOINT
     try:
         urllib.request.urlopen(address, timeout=seconds).close()
     except urllib.error.HTTPError:  # an answer
