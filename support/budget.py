@@ -190,10 +190,11 @@ def check_memory(model, c, n_ranks, device, held=0):
 
 
 def fitting(c, memory, free):
-    """The largest power of two for micro_batch that fits in `free` bytes; 0: none."""
+    """The largest power of two for micro_batch that fits in `free` bytes, a tenth of which is left
+    to others; 0: none."""
     per_sequence = memory["activations"] / c.micro_batch
     fixed = sum(size for use, size in memory.items() if use != "activations")
-    room = int((free - fixed) // per_sequence)
+    room = int((0.9 * free - fixed) // per_sequence)
     return 2 ** int(math.log2(room)) if room >= 1 else 0
 
 
