@@ -10,6 +10,7 @@ and underscores. A mistake is one line and exit code 2.
 import contextlib
 import difflib
 import re
+import signal
 import sys
 import traceback
 import types
@@ -57,6 +58,8 @@ def parse(*schemas, argv=None, words=(), doc="") -> Parsed:
         for key in kinds.keys() & get_type_hints(schema):
             raise TypeError(f"{schema.__name__}.{key}: another schema has a field of this name")
         kinds |= get_type_hints(schema)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a script's, while it was loading
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print_help(schemas, kinds, words, doc)
@@ -166,4 +169,8 @@ def convert(value, kind, where=None):
             converted = CONVERTERS[origin](value, str(value).strip(), kinds[origin])
             if converted is not MISSING:
                 return converted
-    return fail(f"{where}: expected {type_name(kind)}, got {value!r:.80}") if where else MISSING
+    if where is None:
+        return MISSING
+    too_long = isinstance(value, int) and abs(value) >= 10**80  # Python refuses to print 10**5000
+    got = "a number of over 80 digits" if too_long else f"{value!r:.80}"
+    return fail(f"{where}: expected {type_name(kind)}, got {got}")

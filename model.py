@@ -7,6 +7,11 @@
 Letters in shapes: B sequences, S positions, T = B*S tokens, D width, H heads, G key/value heads,
 d head width, V vocabulary, E experts, K chosen ones, L layers with experts.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import dataclasses
 import functools
 import math

@@ -14,6 +14,11 @@ goes on in OUT_DIR.unfinished, which becomes OUT_DIR once it is whole; the same 
 a killed one.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import contextlib
 import itertools
 import json

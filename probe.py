@@ -15,6 +15,11 @@ kept as NAME-1 and so on. The model is only watched, or rerouted while a probe r
 is the same, bit for bit. What is random depends on (seed, layer, place in the held-out text) alone:
 not on the batch size, and is the same for a checkpoint and for its export. Layers count from 0.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import contextlib
 import dataclasses
 import itertools

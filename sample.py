@@ -8,6 +8,11 @@
 Text goes to stdout, all else to stderr. When the text outgrows the model's context (block_size
 tokens), the older half of the context is dropped and generation goes on.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import codecs
 import sys
 import time
@@ -46,6 +51,8 @@ class SampleConfig:
             raise ValueError(f"temperature={self.temperature} must be 0 or at least 1e-6")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must fit 64 bits")
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("prompt and prompt_file are both given: leave one out")
 
@@ -115,6 +122,10 @@ def main():
             count += stream(model, tokenizer, ids, config, generator)
     except (ValueError, OSError) as error:
         fail(error)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        fail(f"out of memory: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

@@ -10,13 +10,17 @@ compared, then timed: one that disagrees prints no speed. Tables go to the scree
 hardware, versions and shapes into --out. C1 to C10 and G1 to G7 are the rows of results/cpu.md and
 results/h200.md. Meanwhile out/timing.lock pauses the runs of lab.reproduce.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import contextlib
 import json
 import math
 import operator
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys

@@ -9,10 +9,14 @@ The harness sees `Scorer`: contexts of one length run together, each only once, 
 cache serves all of its continuations. A score is the log-likelihood that transformers' own HFLM
 gives to the same weights.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import dataclasses
 import json
 import math
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,6 +10,11 @@ results/runs/, and the report is made of these alone. Finished runs are skipped,
 resumed; records and checkpoints of other settings than the table's count for nothing. While
 out/timing.lock exists (lab.bench holds it), all runs pause.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import ast
 import contextlib
 import csv
@@ -19,7 +24,6 @@ import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -320,7 +324,7 @@ def read_record(path):
         return check_record(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         print(f"{path} is damaged and left out ({error})", file=sys.stderr)
 
 
@@ -329,10 +333,12 @@ def check_record(record):
     for name, kind in FIELDS.items():
         if not isinstance(dict(record).get(name), kind):
             raise ValueError(f"{name} is {dict(record).get(name)!r:.40}")
+    if not record["curve"] or record["run"] not in (*EXPERIMENTS, *sweep_names()):
+        raise ValueError(f"no run {record['run']!r:.40}, or a run without a curve")
     points = [x for tokens, seconds, loss in record["curve"] for x in (tokens, seconds, loss)]
     for x in (record["val_loss"], record["seconds"], *record["routing"].values(),
               *record["measures"].values(), *points):
-        if not math.isfinite(x):
+        if not math.isfinite(x) or record["tokens"] >= 2**63:
             raise ValueError(f"{x!r:.40} is no finite number")
     return record
 

@@ -131,6 +131,7 @@ def memory_per_rank(model, c, n_ranks):
         ffn //= 2
     chosen = (m.top_k or 1) + (m.n_shared_experts or 0)
     block = wide * (8 if gpt2 else 12) * m.d_model + narrow * chosen * ffn  # bytes per token
+    block += 16 * (m.infmoe_samples or 0) * (m.infmoe_dz or 0)  # noise, codes, and their gradients
     kept = block + 4 * m.d_model * m.n_layer if c.recompute else block * m.n_layer
     kept += m.vocab_size * (narrow + 8)  # logits, their float32 copy, its gradient
     part = total / n_ranks if c.shard == "fsdp" else total

@@ -158,10 +158,12 @@ def save(trainer, step, seconds, val_loss):
 def check_good(trainer, step, loss):
     """Before saving: a checkpoint that cannot go on must not replace one that can.
 
-    Every weight is finite, and so is the loss that they give on windows of the validation split.
+    Every weight is finite, and the loss on windows of the validation split is not far beyond that
+    of knowing nothing, ln V.
     """
     mine = (p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters())
     broken = sum(not p.isfinite().all() for p in mine)
-    if trainer.ranks.sum(broken)[0] or not math.isfinite(loss):
+    nothing = math.log(trainer.model_config.vocab_size)
+    if trainer.ranks.sum(broken)[0] or not loss < 3 * nothing + 3:
         raise FloatingPointError(f"step {step} left weights that give a loss of {loss:.4g}, and is "
                                  f"not saved; {trainer.last_checkpoint()}; a lower --lr may help")

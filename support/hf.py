@@ -246,6 +246,8 @@ def export(model: GPT, folder: str, tokenizer=None):
     ValueError, naming the reason, for what no architecture there can compute.
     """
     transformers = need_transformers()
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"{folder} is a file: name a folder to write")
     if Path(folder, "ckpt.pt").exists():
         raise ValueError(f"{folder} holds a checkpoint, whose config.json the export would "
                          "replace: name another folder")

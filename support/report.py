@@ -158,6 +158,8 @@ def trim_log(path, step):
     if not path.exists():
         return
     lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.strip()]
+    if lines and not lines[0].startswith(b"step,"):
+        raise ValueError(f"{path} is not a log of ours, its first column is not step: move it away")
     kept = [line for line in lines[:1] if line.endswith(b"\n")]
     for line in lines[1:]:
         number = line.split(b",")[0]

@@ -8,7 +8,8 @@ from typing import get_args, get_type_hints
 
 COEFFICIENTS = {"none": 0.0, "bias": 1e-3}  # V3's rate; balance losses have 1e-2, as in Switch
 MAY_BE_ZERO = ("n_shared_experts", "pool_groups", "infmoe_mean_from", "infmoe_hidden")
-LARGEST = {"n_layer": 2000, "n_experts": 10**7, "infmoe_depth": 100}  # building more takes minutes
+LARGEST = {  # building or holding more takes minutes, or more than any machine has
+    "n_layer": 2000, "block_size": 2**22, "n_experts": 10**7, "infmoe_depth": 100}
 OF_THE_BACKBONE = (
     "arch", "flavour", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "head_dim",
     "block_size", "vocab_size", "dropout", "bias", "qk_norm", "norm_eps", "tie_embeddings",

@@ -1,5 +1,6 @@
 """python model.py: what a configuration weighs, and the way of a checkpoint to transformers."""
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -35,3 +36,6 @@ def main(doc):
             print(f'wrote {target}: AutoModelForCausalLM.from_pretrained("{target}")')
     except (OSError, ValueError, ImportError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,122 @@
+"""Trials of a stranger or a failing disk: one line, exit code 2, nothing lost (130 for Ctrl-C)."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from train_helpers import ROOT, make_data
+
+import model
+import prepare_data
+import sample
+import train
+from support import report
+
+SMALL = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_size=32", "--micro_batch=4",
+         "--batch_tokens=128", "--max_steps=3", "--eval_tokens=128", "--warmup_steps=0", "--quiet"]
+MAINS = {"train": train.main, "sample": sample.main, "prepare_data": prepare_data.main,
+         "model": model.main}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script's main() -> (exit code, stderr)."""
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+        code = 0
+        try:
+            MAINS[script]()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, capsys.readouterr().err
+    return run
+
+
+@pytest.fixture
+def run_of(tmp_path, call):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    words = [f"--dataset={data}", f"--out_dir={out}", *SMALL]
+    assert call("train", *words)[0] == 0
+    return data, out, words
+
+
+def test_a_run_that_diverges_never_replaces_a_checkpoint_that_can_go_on(run_of, call):
+    """Finite weights are not enough: a loss far beyond that of knowing nothing is not saved."""
+    _, out, words = run_of
+    good = (out / "ckpt.pt").read_bytes()
+    more = [*words, "--init_from=resume", "--max_steps=9", "--save_every=1"]
+    code, err = call("train", *more, "--lr=1000", "--min_lr=1000")
+    assert code == 2 and "last good checkpoint" in err and "step 3" in err
+    assert (out / "ckpt.pt").read_bytes() == good
+    assert call("train", *more, "--lr=1e-3", "--min_lr=1e-4") == (0, "")
+
+
+@pytest.mark.parametrize("name", ["train_000000.bin", "meta.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_shards_that_are_no_files(run_of, call, name, make, tmp_path):
+    data, _, words = run_of
+    other = shutil.copytree(data, tmp_path / "other")
+    (other / name).unlink(missing_ok=True)
+    make(other / name)
+    code, err = call("train", *words, f"--dataset={other}", f"--out_dir={tmp_path / 'x'}")
+    assert code == 2 and err.count("\n") == 1 and name in err and "not a file" in err
+
+
+@pytest.mark.parametrize("script, words, expected", [
+    ("train", ["--flavour=infmoe", "--infmoe_samples=10000000"], "GB"),
+    ("train", ["--block_size=1000000000"], "block_size=1000000000 is more than"),
+    ("sample", ["--seed=1e30"], "seed="),
+    ("model", ["--export={file}"], "is a file"),
+])
+def test_mistakes_are_one_line(run_of, call, script, words, expected, tmp_path):
+    _, out, options = run_of
+    (tmp_path / "file").write_text("mine")
+    first = [*options, f"--out_dir={tmp_path / 'x'}"] if script == "train" else [f"--out_dir={out}"]
+    code, err = call(script, *first, *[word.format(file=tmp_path / "file") for word in words])
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and expected in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_number_of_many_digits_in_a_config_file(call, tmp_path):
+    (tmp_path / "c.py").write_text("n_layer = 10**5000\n")
+    code, err = call("train", tmp_path / "c.py")
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "n_layer" in err
+
+
+def test_a_log_that_is_not_ours(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"a,b\n\xff\xfe,1\n")
+    with pytest.raises(ValueError, match=r"log\.csv is not a log of ours"):
+        report.trim_log(path, 1)
+    assert path.read_bytes() == b"a,b\n\xff\xfe,1\n"
+
+
+def test_a_checkpoint_from_before_a_field_existed_resumes(run_of, call):
+    _, out, words = run_of
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
+    del saved["model_config"]["expert"]
+    torch.save(saved, out / "ckpt.pt")
+    assert call("train", *words, "--init_from=resume", "--max_steps=4") == (0, "")
+
+
+@pytest.mark.parametrize("words", [["sample.py"], ["probe.py"], ["model.py"], ["-m", "lab.bench"],
+                                   ["-m", "lab.evaluate"], ["prepare_data.py", "stdlib"]])
+def test_ctrl_c_while_libraries_load_prints_nothing(words, tmp_path):
+    """At once, or where Python itself had not yet come to our first line, with its traceback."""
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
+    begin = signal.default_int_handler  # not the ignored one that a shell's background job has
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True,
+                               cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, begin))
+    deadline = time.monotonic() + 60
+    libraries = Path(f"/proc/{process.pid}/maps")  # numpy's or torch's: our first line is behind us
+    while "numpy" not in libraries.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err
