@@ -22,12 +22,22 @@ def write_atomically(path, write):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
+        full = is_full(path.parent)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch may hide a full disk in the latter
+        if isinstance(error, (OSError, RuntimeError)):  # torch hides a full disk in the latter
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            if full and not isinstance(error, OSError):
+                reason = "no space left on the disk"
             raise OSError(f"{path} cannot be written: {reason}") from error
         raise
+
+
+def is_full(folder):
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(folder)
+        return disk.f_bavail * disk.f_frsize < 2**20
+    return False
 
 
 def sync_folder(folder):
