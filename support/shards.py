@@ -73,7 +73,7 @@ def count_tokens(f):
 
 
 def shard_length(path):
-    if not Path(path).is_file():  # a folder, a pipe (to open one would wait), nothing
+    if Path(path).exists() and not Path(path).is_file():  # to open a pipe would wait
         raise ValueError(f"{path}: not a file, as a shard has to be")
     with open(path, "rb") as f:
         return count_tokens(f)
