@@ -143,7 +143,8 @@ def test_a_router_that_returns_something_else_is_refused():
 
 def test_hooks_go_when_the_run_fails():
     subject = subject_of(random_model(**TOPK))
-    with pytest.raises(RuntimeError, match="boom"), probe.rerouted(subject, subject.layers, "random"):
+    rerouted = probe.rerouted(subject, subject.layers, "random")
+    with pytest.raises(RuntimeError, match="boom"), rerouted:
         raise RuntimeError("boom")
     assert hooks_of(subject.model) == 0
 
