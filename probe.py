@@ -47,6 +47,7 @@ from model import GPT, load_checkpoint
 from support import figures, hf, page, placement
 from support.machine import pick_device
 from support.noise import normal_noise, uniform_noise
+from support.page import hooked
 from support.results import keep_earlier, newest_finished, print_table, save_results
 from support.shards import ShardReader, load_meta
 from support.tokenizer import get_tokenizer
@@ -224,17 +225,6 @@ def read_windows(config, dataset, size, vocab_size, encode):
 
 
 # ---- 2. watching and rerouting: forward hooks, gone when the `with` ends
-
-
-@contextlib.contextmanager
-def hooked(hooks):
-    """hooks: pairs of a module and a forward hook."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def gates_and_ids(output):
