@@ -30,7 +30,8 @@ def load_balance_loss(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tenso
     """E * sum_e f_e P_e of one layer (Switch, eq. 4-6): scores (T, E), counts (E,) -> scalar.
 
     f, the shares of the assignments, is a constant; the gradient flows through P, the mean score.
-    Balanced it is sum_e P_e, which is 1 where scores sum to 1.
+    Even use gives sum_e P_e: 1 for a softmax; NormRouter's raw scores sum to more (15.7 for 96
+    experts at the start), and are pushed down.
     """
     return pool_loss([scores], [counts])
 
@@ -47,10 +48,9 @@ def pool_loss(scores: list[torch.Tensor], counts: list[torch.Tensor]) -> torch.T
     return f.numel() * (f.to(p.dtype) * p).sum()
 
 
-# f(scores, counts) of the layers that are balanced together: one layer for "layer" (the pool loss
-# of a single layer is Switch's), the layers that share a bank for any other name. An entry must be
-# linear in the mean scores, because ranks and accumulated micro-steps average its gradients, and
-# gets the counts of one micro-step, summed over the ranks.
+# f(scores, counts): "layer" is called for each layer (the pool loss of one layer is Switch's), any
+# other name for each bank with all layers that use it. It must be linear in the mean scores, whose
+# gradients ranks and micro-steps average; counts are of one micro-step, summed over the ranks.
 BALANCES = {"layer": pool_loss, "pool": pool_loss}
 
 
@@ -74,8 +74,7 @@ def z_loss(logits: torch.Tensor) -> torch.Tensor:
 def pair_cosines(activations: torch.Tensor, eps: float = 1e-12) -> torch.Tensor:
     """Cosines between the activations of one token's experts: (T, K, F) -> (T, K*(K-1)/2).
 
-    By the K x K products of a token's activations: the large tensor is read once. torch.compile
-    makes one pass of sums of products, which beats a tiny matrix product for each token.
+    Eager: one K x K matrix product a token. Compiled, with K <= 4: sums of products, which fuse.
     """
     k = activations.shape[1]
     i, j = torch.triu_indices(k, k, 1, device=activations.device)

@@ -61,7 +61,7 @@ class ModelConfig:
     top_k: int | None = None  # experts per token
     n_shared_experts: int | None = None  # always-on experts beside the chosen ones
     d_expert: int | None = None  # width of one expert; None: d_ff (infmoe: 2 * d_ff)
-    moe_every: int = 1  # experts in every n-th block, from the end; the others have a dense FFN
+    moe_every: int = 1  # experts in the last of every n blocks; the others have a dense FFN
     pool_groups: int | None = None  # G pools, each of adjacent layers; 0: private experts
     router: Literal[tuple(moe.ROUTERS)] | None = None
     norm_topk_prob: bool | None = None  # divide the gates of the chosen experts by their sum

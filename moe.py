@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import activate
-from losses import (  # noqa: F401  (for those who import them from here)
+from losses import (  # noqa: F401  (BALANCES is used here, the losses are passed on)
     BALANCES,
     coupling_loss,
     load_balance_loss,
@@ -42,9 +42,9 @@ from support.norm_constant import norm_router_constant
 class Routing(NamedTuple):
     """What a discrete router decided for T tokens."""
     weights: Tensor  # (T, K) gates of the chosen experts
-    ids: Tensor      # (T, K) int64, the chosen experts, best first, distinct within a token
+    ids: Tensor      # (T, K) int64, the chosen experts, distinct; best first, but for a hash
     scores: Tensor   # (T, E) scores of all experts, before the cut
-    logits: Tensor   # (T, E) raw outputs of the router's matrix
+    logits: Tensor   # (T, E) what scores are made of: W_r x; for a hash, the scores again
 
 
 class Codes(NamedTuple):
@@ -86,7 +86,7 @@ class Router(nn.Module):
     """
     max_top_k = None  # the largest K; None: any up to E
     supports = frozenset({*BALANCES, "bias", "z", "coupling"})  # what may act on scores and logits
-    balance_scores = "raw"  # what balance losses see unless it is set by hand: "raw", "normalised"
+    balance_scores = "raw"  # what balance losses see by default; "normalised": sums to 1
 
     def __init__(self, d_model: int, n_experts: int, top_k: int, norm_topk_prob: bool = False,
                  selection_bias: bool = False):
@@ -140,13 +140,14 @@ class NormRouter(Router):
     """UniPool, after KERN: s = sigma * c * relu(z / ||z||), z = W_r x.
 
     The length of x and of W_r's rows cancels, so routers at all depths score on the same scale. A
-    token with fewer than K positive logits chooses zero-score experts too: their gate is 0.
+    token with fewer than K positive logits chooses zero-score experts too, by ties: their gate is
+    0, yet they count as chosen in f.
     """
 
     def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
         super().__init__(d_model, n_experts, top_k, norm_topk_prob, selection_bias)
         self.sigma = nn.Parameter(torch.ones(1))  # one per router; (1,) as FSDP shards no scalars
-        self.c = norm_router_constant(n_experts, top_k)  # the chosen scores start at sigma
+        self.c = norm_router_constant(n_experts, top_k)  # the chosen scores' norm: about sigma
 
     def init_weights(self, std, out_std=None):
         super().init_weights(std, out_std)
@@ -286,8 +287,8 @@ class GaussianRouter(nn.Module):
 
     mu and logvar are linear in x, or share one hidden layer. n_components > 1 makes it a mixture
     of Gaussians, its component drawn by straight-through Gumbel-softmax [ours]. stream numbers
-    this router's noise. mean: z = mu always, and no logvar is learned (an unused parameter would
-    stall DDP). After training n_samples may be changed, and a trained Sigma be ignored by `mean`.
+    this router's noise. mean: z = mu, without a logvar (DDP would wait for its
+    gradient). In a trained router GPT.set_samples may change n_samples and mean.
     """
 
     def __init__(self, d_in: int, dz: int, n_samples: int, n_components: int = 1,
@@ -310,13 +311,16 @@ class GaussianRouter(nn.Module):
             nn.init.zeros_(self.logvar.bias)
 
     def of_component(self, layer, x, pick):
-        """mu or logvar (T, 1 or K, dz): x (T, 1 or K, d_in), pick (T, 1 or K, C) or None."""
+        """mu or logvar (T, 1 or K, dz); K rows a token where codes are hierarchical.
+
+        x (T, 1 or K, d_in), pick (T, 1 or K, C) or None.
+        """
         y = linear_fp32(x, layer.weight, layer.bias)
         y = y.unflatten(-1, (self.n_components, self.dz))  # (T, 1 or K, C, dz)
         return y[..., 0, :] if pick is None else (pick[..., None] * y).sum(-2)
 
     def forward(self, x: Tensor, noise_seeds: Tensor) -> Codes:
-        """x (T, 1 or K, d_in), seeds (T,) -> Codes, z (T, K, dz); (T, 1, dz) where z = mu."""
+        """x (T, 1 or K, d_in), seeds (T,) -> Codes, z (T, K, dz), or mu itself where z = mu."""
         if self.hidden is not None:
             x = F.silu(linear_fp32(x, self.hidden.weight, self.hidden.bias))
         pick = self.component(x, noise_seeds)
@@ -395,7 +399,7 @@ class ContinuousBank(nn.Module):
             nn.init.normal_(w, std=w.shape[1] ** -0.5)  # W_z z starts at unit variance [ours]
 
     def n_active(self, n_choices: list[int]) -> int:
-        """Parameters that a token uses: the share min(1, masks * N) of the rows and columns.
+        """Parameters that a token uses at most: the share min(1, masks * N) of rows and columns.
 
         n_choices: masks that a token has in each hidden layer (1 where z = mu).
         """
@@ -411,7 +415,7 @@ class ContinuousBank(nn.Module):
         return [linear_fp32(codes[int(i)].z, w) for i, w in self.w_z.items()]
 
     def usage(self, codes):
-        """Per own mask: its scores (T, K, F), and how often each neuron was selected (F,)."""
+        """For each hidden layer with a W_z: scores (T, K, F), and each neuron's selections (F,)."""
         usage = []
         for i, scores in zip(self.w_z, self.mask_scores(codes)):
             selected = kernels.topn_mask(scores.detach(), self.n_keep[int(i)]) != 0
@@ -447,6 +451,7 @@ class ContinuousBank(nn.Module):
             if self.backend == "loop":
                 return masked_ffn_loop(*arguments), None
             return kernels.masked_ffn(*arguments, backend=self.backend), None
+        # the other forms, in plain torch whatever the backend
         h = x[:, None, :]  # (T, 1, D); W_1 x is shared by the samples
         for w, mask in zip(self.w_in, self.masks(codes)):
             h = self.hidden(h, w, mask)  # (T, K, F)

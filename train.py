@@ -4,7 +4,7 @@ One loop, from one CPU to many nodes:
 
     python train.py                                     # a small dense GPT on data/stdlib, on a CPU
     python train.py config/tiny_moe.py --lr=5e-4        # a config file, and what differs from it
-    python train.py --init_from=resume --out_dir=out/x  # go on where a run stopped, bit for bit
+    python train.py --init_from=resume --out_dir=out/x  # go on, on a CPU bit for bit
     python train.py config/unipool_978m.py --plan=8     # memory, FLOPs, time on 8 GPUs: no training
     torchrun --standalone --nproc_per_node=8 train.py config/unipool_182m.py
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
@@ -12,8 +12,8 @@ One loop, from one CPU to many nodes:
                                         # the same line on every node; out_dir on a disk they share
 
 out_dir receives ckpt.pt, config.json, log.csv and loss.png. Ctrl-C or SIGTERM saves and leaves
-(exit code 130 or 143). Data, noise and dropout are pure functions of (seed, step), so model,
-optimizer and step are all that a checkpoint needs.
+(exit code 130 or 143). Data, noise and dropout are pure functions of (seed, step), so settings,
+model, optimizer and step are all that a checkpoint needs.
 """
 
 import signal
@@ -226,10 +226,10 @@ def train_step(trainer, step):
 
     They are over all ranks and micro-steps. Micro-step a takes, on rank r of R, the windows
     [(aR+r)B, (aR+r+1)B) of the step's list, and the same slice of its noise seeds: what a step sees
-    does not depend on R. What R ranks promise: with micro_batch x R unchanged, the numbers of one
-    rank (to 6.3e-7, measured). With micro_batch itself unchanged, a balance loss, a product of
-    means over a micro-step, sees R times as many tokens: topk and unipool then differ by up to
-    2.1e-4 between 1 and 3 ranks.
+    does not depend on R. What R ranks promise: with micro_batch x R unchanged and no dropout, the
+    numbers of one rank (to 6.3e-7, measured). With micro_batch itself unchanged, a balance loss, a
+    product of means over a micro-step, sees R times as many tokens: topk and unipool then differ by
+    up to 2.1e-4 between 1 and 3 ranks.
     """
     c, ranks, stats = trainer.config, trainer.ranks, {}
     windows = c.batch_tokens // trainer.model_config.block_size  # of the step

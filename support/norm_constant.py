@@ -6,7 +6,7 @@ import numpy as np
 
 @functools.lru_cache
 def norm_router_constant(n_experts: int, top_k: int, n_draws: int = 100_000) -> float:
-    """c = E[ 1 / ||top-K of relu(g / ||g||)||_2 ], g ~ N(0, I_E): the chosen scores start at sigma.
+    """c = E[ 1 / ||top-K of relu(g / ||g||)||_2 ], g ~ N(0, I_E): their norm starts near sigma.
 
     For few experts the mean does not exist (no positive entry: division by zero), so draws whose
     top-K norm is below 0.05 are left out [ours; the official code returns inf at E = 8]. Monte
