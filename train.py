@@ -34,7 +34,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -42,7 +41,7 @@ from tqdm import tqdm
 import kernels
 from configurator import fail, parse
 from model import GPT, ModelConfig
-from support import budget, checkpoint, cpu, files, folder, machine
+from support import budget, checkpoint, cpu, experts_over_ranks, files, folder, machine
 from support.report import describe, draw_loss, log_row, open_trackers, progress, summary, tell
 from support.shards import ShardReader, load_meta
 
@@ -73,7 +72,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile
     recompute: bool = False  # run blocks again in the backward pass: less memory, a third more time
-    shard: Literal["none", "zero1", "fsdp"] = "none"  # over ranks: nothing | optimizer | all
+    shard: Literal["none", "zero1", "fsdp", "ep"] = "none"  # over ranks: nothing | optimizer | all
+    # | all, and tokens travel to the experts' ranks rather than experts to the tokens'
     download: Literal["auto", "never"] = "auto"  # make a dataset that is missing, if it is known
     timeout: int = 600  # seconds that ranks wait for one another before they call one lost
     tensorboard: bool = False  # event files in out_dir as well
@@ -94,9 +94,8 @@ class TrainConfig:
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}: change "
                              "it or leave it out")
-        if self.shard == "fsdp" and (self.dtype == "float16" or self.compile == "true"):
-            raise ValueError("shard=fsdp needs dtype=bfloat16 or float32, and compile=false: its "
-                             "hooks break the graph")
+        if self.shard != "none" and self.dtype == "float16":
+            raise ValueError(f"shard={self.shard} needs dtype=bfloat16 or float32, not float16")
 
 
 # ---- one run: data, model, optimizer
@@ -134,9 +133,11 @@ class Trainer:
         self.backend = backend_of(self)
         self.model = make_model(self, start)
         self.forward, self.ddp = self.model, None
-        if self.compiled:
+        if self.compiled and config.shard in ("fsdp", "ep"):
+            machine.compile_blocks(self.model)
+        elif self.compiled:
             self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
-        if ranks.size > 1 and config.shard != "fsdp":
+        if ranks.size > 1 and config.shard in ("none", "zero1"):
             self.ddp = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self)
         fp16 = self.dtype == torch.float16
@@ -163,7 +164,7 @@ class Trainer:
     @contextlib.contextmanager
     def micro_step(self, last):
         """Around a forward and backward pass: only a step's last one exchanges gradients."""
-        if self.config.shard == "fsdp":
+        if self.config.shard in ("fsdp", "ep"):
             self.model.set_requires_gradient_sync(last)
         with contextlib.nullcontext() if self.ddp is None or last else self.ddp.no_sync():
             yield
@@ -189,8 +190,8 @@ def make_model(trainer, start):
     if start is not None:
         folder.load_weights(model, start["model"], trainer.config.init_from)
     model.recompute = trainer.config.recompute
-    if trainer.config.shard == "fsdp":
-        machine.shard_model(model, trainer.ranks, trainer.dtype)
+    if trainer.config.shard in ("fsdp", "ep"):
+        machine.shard_model(model, trainer.ranks, trainer.dtype, trainer.config.shard)
     return model.to(trainer.ranks.device)
 
 
@@ -215,7 +216,7 @@ def make_optimizer(trainer):
     fused = trainer.ranks.device.type in ("cpu", "cuda")
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=fused)
     if c.shard == "zero1":
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+        return machine.ShardedAdamW(groups, trainer.ranks, **options)
     return torch.optim.AdamW(groups, **options)
 
 
@@ -269,6 +270,8 @@ def train_step(trainer, step):
 def update(trainer, lr):
     """Clip, step, forget the gradients -> gradient norm before clipping."""
     trainer.scaler.unscale_(trainer.optimizer)
+    if trainer.config.shard == "ep":
+        experts_over_ranks.average_gradients(machine.banks_of(trainer.model), trainer.ranks.size)
     limit = trainer.config.grad_clip or math.inf
     norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
     for group in trainer.optimizer.param_groups:

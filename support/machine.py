@@ -16,9 +16,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map
+
+from support import experts_over_ranks
 
 # ---- device and precision
 
@@ -59,8 +61,6 @@ def pick_compile(config, device, n_active):
     """
     if config.compile != "auto":
         return config.compile == "true", "as asked"
-    if config.shard == "fsdp":
-        return False, "fsdp's hooks break the graph"
     if device.type == "cuda":
         triton = importlib.util.find_spec("triton") is not None
         return triton, "a GPU gains from fused kernels" if triton else "triton is not installed"
@@ -182,32 +182,88 @@ def stop_signals():
 
 # ---- a model and its optimizer, spread over ranks
 
-def shard_model(model, ranks, dtype):
+def shard_model(model, ranks, dtype, shard):
     """FSDP2 with these units, each gathered when it is used: banks of experts, blocks, the rest.
 
     Banks travel in `dtype`; the rest in float32, because routers and norms are read at full
     precision. A pool stays gathered from its first use until micro_step ends, or every layer would
     fetch it again, forward and backward; infmoe's banks stay too, because GPT reads them once more
-    for its statistics.
+    for its statistics. shard=ep: banks do not travel, their tokens do (experts_over_ranks).
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if shard == "ep":
+        experts_over_ranks.check(model.config, ranks.size)
     # Harmless unless such a view is written to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    banks, owned = banks_of(model), set()
+    again = [*model.pools, *(banks if model.config.flavour == "infmoe" else [])]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
-    for pool in model.pools:
-        fully_shard(pool, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for bank in banks:
+        if shard == "ep":
+            experts_over_ranks.spread(bank, mesh)
+            owned.update(bank.parameters())
+        else:
+            fully_shard(bank, mesh=mesh, mp_policy=policy, reshard_after_forward=bank not in again)
+    for pool in model.pools if shard == "fsdp" else []:
         pool.set_reshard_after_backward(False)
     for block in model.blocks:
-        bank = getattr(block.ffn, "bank", None)
-        if bank is not None:
-            again = model.config.flavour == "infmoe"
-            fully_shard(bank, mesh=mesh, mp_policy=policy, reshard_after_forward=not again)
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, ignored_params=owned)
+    fully_shard(model, mesh=mesh, ignored_params=owned)
+
+
+def compile_blocks(model):
+    """torch.compile block by block, where whole graphs cannot be: fsdp's hooks and ep's exchanges
+    stay between them, and so does a bank, which is one operator anyway."""
+    for bank in banks_of(model):
+        bank.forward = torch.compiler.disable(bank.forward)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
+    model._loss = torch.compile(model._loss, dynamic=False)
+
+
+def banks_of(model):
+    """Every bank of experts once: pools, or the blocks' own."""
+    return list(dict.fromkeys(bank for _, bank in model.expert_layers()))
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """ZeRO-1: AdamW on this rank's rows of every tensor, after which the ranks gather all rows.
+
+    Rows, not tensors, are dealt out: a pool's two tensors are nearly all of a model. To AdamW a
+    tensor is a DTensor, whose local part is a view of the weights; gradients stay whole (DDP).
+    """
+    def __init__(self, groups, ranks, **options):
+        self.mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+        self.whole = [p for group in groups for p in group["params"]]
+        super().__init__([group | {"params": list(map(self.rows, group["params"]))}
+                          for group in groups], **options)
+
+    def rows(self, tensor):
+        """This rank's rows of a tensor; the last ranks may have fewer, or none."""
+        chunks, rank = tensor.detach().chunk(self.mesh.size()), self.mesh.get_local_rank()
+        mine = chunks[rank] if rank < len(chunks) else tensor.detach()[:0]
+        return DTensor.from_local(mine, self.mesh, [Shard(0)], run_check=False, shape=tensor.shape,
+                                  stride=tensor.stride())
+
+    @torch.no_grad()
+    def step(self):
+        mine = [p for group in self.param_groups for p in group["params"]]
+        for rows, tensor in zip(mine, self.whole):
+            rows.grad = self.rows(tensor.grad)
+        super().step()
+        for rows, tensor in zip(mine, self.whole):
+            if len(tensor) % self.mesh.size():  # small ones, by way of a copy
+                tensor.copy_(rows.full_tensor())
+            else:
+                dist.all_gather_into_tensor(tensor.detach(), rows.to_local(), self.mesh.get_group())
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad()
+        for tensor in self.whole:
+            tensor.grad = None
 
 
 def load_optimizer(optimizer, saved):
@@ -242,9 +298,5 @@ def gather_state(model, optimizer, ranks):
             return value.cpu() if ranks.rank == 0 else None
         return value
 
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict(to=0)
-        state = optimizer.state_dict() if ranks.rank == 0 else None
-    else:
-        state = tree_map(fetch, optimizer.state_dict())
+    state = tree_map(fetch, optimizer.state_dict())
     return {name: fetch(value) for name, value in model.state_dict().items()}, state

@@ -29,16 +29,23 @@ from train_helpers import (
 
 import train
 from model import GPT, ModelConfig
+from support import machine
 from support.shards import ShardReader
 
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+MODES = ("none", "zero1", "fsdp", "ep")
 IDLE = dict(FLAVOURS["switch"], n_experts=64)  # as many experts as a rank's micro-step has tokens
 SPECIAL = dict(FLAVOURS["topk"], specialization_coef=2e-3, coupling_coef=1e-3, coupling="path")
 SHARED = dict(FLAVOURS["infmoe"], pool_groups=1, balance="layer", infmoe_mean=True)
-CASES = FLAVOURS | {"idle": IDLE, "specialized": SPECIAL, "shared code": SHARED,
+EVEN = dict(FLAVOURS["deepseek"], n_experts=8)
+POOLS = dict(FLAVOURS["unipool"], n_experts=4, pool_groups=2)
+CASES = FLAVOURS | {"idle": IDLE, "even": EVEN, "pools": POOLS, "specialized": SPECIAL,
+                    "shared code": SHARED,
                     "bank": dict(FLAVOURS["infmoe"], balance="layer", arch="llama")}
 FULLY = ("dense", "topk", "unipool", "deepseek", "infmoe", "shared code", "bank")
-SHARDED = [("dense", "zero1"), ("unipool", "zero1"), *((case, "fsdp") for case in FULLY)]
+OVER_RANKS = ("topk", "even", "pools", "specialized", "idle")
+SHARDED = [("dense", "zero1"), ("unipool", "zero1"), *((case, "fsdp") for case in FULLY),
+           *((case, "ep") for case in OVER_RANKS)]
 
 
 def worker(path):
@@ -68,10 +75,10 @@ def job(data, out, case, ends=None, **changes):
     return {"model": SIZE | dict(vocab_size=257) | CASES[case], "train": settings} | fate
 
 
-def on_two_ranks(folder, jobs):
+def on_ranks(folder, jobs, n=2):
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
-    return run([*TORCHRUN, __file__, str(path)])
+    return run([*TORCHRUN[:-1], f"--nproc_per_node={n}", __file__, str(path)])
 
 
 def here(task):
@@ -94,12 +101,12 @@ def runs(tmp_path_factory):
         here(job(data, folder / f"{case} one", case, micro_batch=8))
     jobs = [job(data, folder / f"{case} none", case) for case in CASES]
     for case, shard in SHARDED:
-        changes = dict(shard=shard, recompute=case == "unipool")
+        changes = dict(shard=shard, recompute=case in ("unipool", "pools"))
         jobs.append(job(data, folder / f"{case} {shard}", case, **changes))
-    for shard in ("none", "zero1", "fsdp"):  # SIGTERM to rank 1 alone: both stop after step 3
+    for shard in MODES:  # SIGTERM to rank 1 alone: both stop after step 3
         end = (signal.SIGTERM, 1, 2)
         jobs.append(job(data, folder / f"stopped {shard}", "unipool", end, shard=shard))
-    done = on_two_ranks(folder, jobs)
+    done = on_ranks(folder, jobs)
     assert done.returncode == 0 and done.stdout.count("is done") == 2, done.stdout + done.stderr
     yield folder
     patch.undo()
@@ -122,6 +129,26 @@ def test_sharded_ranks_equal_one(runs, case, shard):
     saved, plain = checkpoint(two), checkpoint(one)
     assert_same_state(saved["model"], plain["model"], tolerance=2e-4)
     assert_same_state(saved["optimizer"]["state"], plain["optimizer"]["state"], tolerance=2e-4)
+
+
+def test_experts_over_four_ranks(runs):
+    """The numbers of one; `pools` under recomputation."""
+    cases = OVER_RANKS[:3]
+    jobs = [job(runs / "data", runs / f"{case} four", case, shard="ep", micro_batch=2,
+                recompute=case == "pools") for case in cases]
+    done = on_ranks(runs, jobs, 4)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for case in cases:
+        np.testing.assert_allclose(losses(runs / f"{case} four"), losses(runs / f"{case} one"),
+                                   rtol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "words"), [
+    ("deepseek", "5 cannot be shared by 2 ranks"), ("infmoe", "infmoe has none")])
+def test_experts_that_ranks_cannot_share(case, words):
+    model, two = GPT(ModelConfig(**SIZE, **CASES[case])), machine.Ranks(0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"shard=ep deals out experts, and {words}: use shard=fs"):
+        machine.shard_model(model, two, torch.float32, "ep")
 
 
 def test_an_expert_idle_on_one_rank_only(runs):
@@ -155,7 +182,7 @@ def second(runs):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(holder, step)
 
-    for shard in ("none", "zero1", "fsdp"):
+    for shard in MODES:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "train_step", stopping)
             out, resume = runs / f"stopped {shard}", dict(init_from="resume", micro_batch=8)
@@ -165,18 +192,18 @@ def second(runs):
     jobs.append(job(data, runs / "fine", "dense", quiet=False))
     command = train_command(data, runs / "lost", save_every=1, max_steps=20)[2:]
     killed = {"main": command, "signal": signal.SIGKILL, "rank": 1, "step": 3}
-    return on_two_ranks(runs, [*jobs, killed])
+    return on_ranks(runs, [*jobs, killed])
 
 
 def test_one_rank_stops_all(runs):
     """SIGTERM to rank 1 alone: both ranks stop after the same step, which is saved."""
-    for shard in ("none", "zero1", "fsdp"):
+    for shard in MODES:
         assert [r["step"] for r in read_rows(runs / f"stopped {shard}")][:3] == ["1", "2", "3"]
 
 
 def test_checkpoints_move_between_numbers_of_ranks(runs, second):
     """2 ranks -> 1 -> 2, for every way to shard: the losses of one undisturbed run, to 1e-5."""
-    for shard in ("none", "zero1", "fsdp"):
+    for shard in MODES:
         moved, one = losses(runs / f"stopped {shard}"), losses(runs / "unipool one")
         np.testing.assert_allclose(moved, one, rtol=1e-5)
 
@@ -228,7 +255,7 @@ def test_compiled_ranks(tmp_path):
     data = make_data(tmp_path / "data")
     here(job(data, tmp_path / "one", "topk", micro_batch=8))
     two = job(data, tmp_path / "two", "topk", compile="true")
-    assert on_two_ranks(tmp_path, [two]).returncode == 0
+    assert on_ranks(tmp_path, [two]).returncode == 0
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 

@@ -133,7 +133,6 @@ def test_dtype_and_compile_by_device_and_size():
     assert machine.pick_compile(config, cpu, 1e6)[0] is False  # tiny: overhead
     assert machine.pick_dtype(config, cpu, compiled=False)[0] == torch.float32
     assert machine.pick_compile(train.TrainConfig(compile="true"), cpu, 1e6) == (True, "as asked")
-    assert machine.pick_compile(train.TrainConfig(shard="fsdp"), cuda, 1e9)[0] is False
     assert machine.pick_dtype(train.TrainConfig(dtype="float16"), cpu, False)[0] == torch.float16
     for device in (cpu, cuda, torch.device("mps")):
         assert machine.pick_compile(config, device, 1e9)[1]  # with a reason
