@@ -1,7 +1,7 @@
 """Text -> token shards for train.py.
 
     python prepare_data.py stdlib                      # this Python's own library: no network
-    python prepare_data.py packages --tokenizer=gpt2   # the source of every installed package
+    python prepare_data.py packages --tokenizer=gpt2   # every installed package; or hf:NAME
     python prepare_data.py notes.txt folder/           # .txt .md .py .jsonl .jsonl.zst .parquet
     python prepare_data.py pretokenized                # FineWeb 10B as GPT-2 tokens: 20 GB
     python prepare_data.py fineweb --max_tokens=1e9    # from Hugging Face; also fineweb-edu, pile
@@ -61,7 +61,8 @@ ENOUGH = 20_000_000  # training tokens for which packages is taken rather than s
 @dataclass
 class DataConfig:
     out_dir: str | None = None  # folder to make; default data/SOURCE, or data/SOURCE_gpt2
-    tokenizer: str | None = None  # bytes | gpt2 | FILE.tiktoken; default gpt2 for hub corpora
+    tokenizer: str | None = None  # bytes | gpt2 | FILE.tiktoken | hf:NAME_OR_DIR; None: gpt2 for
+    # hub corpora, bytes for the rest
     text_key: str = "text"  # the field of a JSON line or parquet row that holds the document
     val_fraction: float | None = None  # held out; default 0.005 of hub corpora, 0.05 of the rest
     max_tokens: int | None = None  # stop after so many training tokens
@@ -87,8 +88,8 @@ class DataConfig:
 
 
 def tokenize(batch, tokenizer, val_fraction):
-    """-> ({split: uint16 array}, number of documents, bytes of the file they took)"""
-    eot = np.array([tokenizer.eot], np.uint16)
+    """-> ({split: array of ids}, number of documents, bytes of the file they took)"""
+    eot = np.array([tokenizer.eot], tokenizer.dtype)
     pieces = {"train": [eot[:0]], "val": [eot[:0]]}
     for i, text in enumerate(batch.texts):
         if not text:
@@ -136,8 +137,7 @@ class Preparation:
     def holds(self, part):
         for name, shard in part["shards"].items():
             folders.check_entry(name, shard)
-            size = shards.HEADER_BYTES + 2 * shard["tokens"]
-            if (self.work / name).stat().st_size != size:
+            if shards.shard_length(self.work / name) != shard["tokens"]:
                 return False
         return True
 
@@ -209,7 +209,7 @@ class Preparation:
             return
         last, fraction = max(self.made(full)), self.settings["val_fraction"]
         made = next(part["shards"] for part in self.parts if last in part["shards"])
-        tokens = np.fromfile(self.work / last, "<u2", offset=shards.HEADER_BYTES)
+        tokens = shards.read_shard(self.work / last)
         cut = int(len(tokens) * (1 - fraction if empty == "val" else fraction))
         for name, piece in ((f"{empty}_000000.bin", tokens[cut:]), (last, tokens[:cut])):
             made[name] = shards.write_shard(self.work / name, piece)
@@ -219,9 +219,8 @@ class Preparation:
         self.fill_empty_split()
         meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
         if tokenizer.sha256:  # a copy travels with the data
-            meta |= {"tokenizer": folders.RANKS, "tokenizer_sha256": tokenizer.sha256}
-            ranks = Path(tokenizer.name).read_bytes()
-            write_atomically(self.work / folders.RANKS, lambda f: f.write(ranks))
+            meta |= {"tokenizer": tokenizer.copy, "tokenizer_sha256": tokenizer.sha256}
+            write_atomically(self.work / tokenizer.copy, lambda f: f.write(tokenizer.data))
         meta["source"] = " ".join(self.settings["sources"])
         meta |= {f"{split}_tokens": self.tokens(split) for split in ("train", "val")}
         meta["documents"] = sum(part["documents"] for part in self.parts)  # 0: unknown
@@ -307,7 +306,8 @@ def prepare(sources: list[str], config: DataConfig):
 
 
 def default_folder(source, spec):
-    tag = "" if spec == "bytes" or source in HUB else f"_{Path(spec).stem}"
+    name = Path(spec[3:]).name if spec.startswith("hf:") else Path(spec).stem
+    tag = "" if spec == "bytes" or source in HUB else f"_{name}"
     return f"data/{Path(source).resolve().name.partition('.')[0]}{tag}"
 
 

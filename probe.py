@@ -44,7 +44,8 @@ import losses
 import moe
 from configurator import fail, parse
 from model import GPT, load_checkpoint
-from support import figures, hf, page, placement
+from support import figures, files, hf, page, placement
+from support.checkpoint import same_tokenizer
 from support.machine import pick_device
 from support.noise import normal_noise, uniform_noise
 from support.page import hooked
@@ -164,7 +165,7 @@ def load_ours(config: ProbeConfig) -> Subject:
               for k, (i, ffn) in enumerate(ffns)]
     dataset = config.dataset or saved["train_config"]["dataset"]
     theirs = load_meta(dataset)["tokenizer"] if Path(dataset).is_dir() else tokenizer.name
-    if theirs != tokenizer.name:
+    if not same_tokenizer(theirs, tokenizer.name):
         raise ValueError(f"{config.out_dir} was trained on {tokenizer.name} tokens, and {dataset} "
                          f"holds {theirs}")
     size = min(config.block_size or c.block_size, c.block_size)
@@ -774,9 +775,7 @@ def saver(subject, config):
 def folder_of(config):
     """What receives the files of a probe."""
     theirs = f"out/hf_{Path(config.hf).name}" if config.hf else config.out_dir
-    folder = Path(config.save_dir or theirs)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return Path(config.save_dir or theirs)
 
 
 def probe(config: ProbeConfig) -> int:
@@ -786,11 +785,16 @@ def probe(config: ProbeConfig) -> int:
     """
     if not config.hf:
         config.out_dir = config.out_dir or find_model(config)
-    subject = load_hf(config) if config.hf else load_ours(config)
-    if not subject.layers:
-        raise ValueError(f"{subject.name} is dense: there is no router to ask")
-    n, windows = subject.windows[:, 1:].size, len(subject.windows)
-    print(f"{subject.name}\n{n:,} held-out tokens in {windows} windows\n")
+    with files.lock(folder_of(config), "save_dir"):
+        subject = load_hf(config) if config.hf else load_ours(config)
+        if not subject.layers:
+            raise ValueError(f"{subject.name} is dense: there is no router to ask")
+        n, windows = subject.windows[:, 1:].size, len(subject.windows)
+        print(f"{subject.name}\n{n:,} held-out tokens in {windows} windows\n")
+        return run_probes(subject, config)
+
+
+def run_probes(subject, config):
     save, failed = saver(subject, config), 0
     asked = {random_router: config.random_router_from is not None, routing: config.routing,
              overlap: config.overlap, pathways: config.pathways, samples: config.samples,

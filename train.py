@@ -11,9 +11,9 @@ One loop, from one CPU to many nodes:
         train.py config/unipool_978m.py --shard=fsdp --recompute
                                         # the same line on every node; out_dir on a disk they share
 
-out_dir receives ckpt.pt, config.json, log.csv and loss.png. Ctrl-C or SIGTERM saves and leaves
-(exit code 130 or 143). Data, noise and dropout are pure functions of (seed, step), so settings,
-model, optimizer and step are all that a checkpoint needs.
+out_dir receives ckpt.pt, the one before it as ckpt.prev.pt, config.json, log.csv and loss.png.
+Ctrl-C or SIGTERM saves and leaves (exit code 130 or 143). Data, noise and dropout are pure
+functions of (seed, step), so settings, model, optimizer and step are all that a checkpoint needs.
 """
 
 import signal
@@ -175,7 +175,9 @@ class Trainer:
     def last_checkpoint(self):
         if not self.saved:
             return "no checkpoint had been saved"
-        return f"the last good checkpoint is {self.config.out_dir}/ckpt.pt (step {self.saved})"
+        before = Path(self.config.out_dir, folder.PREVIOUS).exists()
+        return (f"the last good checkpoint is {self.config.out_dir}/ckpt.pt (step {self.saved})"
+                + f", the one before it {folder.PREVIOUS}" * before)
 
 
 def on_meta(model_config):
@@ -338,6 +340,8 @@ def train(model_config, config, start=None):
         if first >= config.max_steps:
             say(f"{config.out_dir} is finished: {first} of {config.max_steps} steps; --max_steps=N "
                 "goes on")
+            if ranks.rank == 0:  # a kill may have come between the last checkpoint and it
+                draw_loss(model_config, config.out_dir)
             return {"step": first, "finished": True, "signal": None, "val_loss": start["val_loss"]}
         if ranks.rank == 0:
             stack.enter_context(files.lock(config.out_dir))
@@ -359,7 +363,7 @@ def train(model_config, config, start=None):
             say(f"stopped by {name} after step {result['step']}, which is saved; to go on: "
                 f"python train.py --init_from=resume --out_dir={config.out_dir}")
         elif ranks.rank == 0:
-            say(summary(trainer, result, picture=draw_loss(trainer)))
+            say(summary(trainer, result, picture=draw_loss(model_config, config.out_dir)))
         return result
 
 

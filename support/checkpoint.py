@@ -19,7 +19,6 @@ SCHEMA = {  # key: its types. The first two make a model, all but the last are n
     "seconds": (int, float), "val_loss": (int, float, type(None)), "tokenizer": str,
     "train_config": dict, "tokenizer_sha256": (str, type(None))}  # fmt: skip
 CALLABLE = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")  # and names of storages
-TOKENIZER_FILE = "tokenizer.tiktoken"  # copy of the rank file that a run was trained with
 
 
 # ---- reading
@@ -124,7 +123,8 @@ def check_tensors(what, tensors, expected):
         require(shapes[0] == shapes[1], f"{where} has shape {shapes[0]}, its model {shapes[1]}")
         plain = value.layout == torch.strided and value.is_contiguous() and value.is_cpu
         require(plain and value.dtype == like.dtype, f"{where} is no dense tensor of {like.dtype}")
-        finite = not value.numel() or all(map(math.isfinite, value.aminmax()))  # NaN is passed on
+        extremes = value.detach().aminmax() if value.numel() else ()  # NaN is passed on
+        finite = all(map(math.isfinite, extremes))
         require(finite, f"{where} holds NaN or infinite values")
 
 
@@ -160,18 +160,29 @@ def check_optimizer(saved, model):
 
 
 def sha256_of(spec):
-    """The hash of a rank file; None for the built-in tokenizers, whose name says everything."""
-    if not spec.endswith(".tiktoken"):
+    """The hash of a tokenizer's file; None for the built-in ones, whose name says everything."""
+    if not spec.endswith((".tiktoken", ".json")):
         return None
     return hashlib.sha256(Path(spec).read_bytes()).hexdigest()
 
 
+def same_tokenizer(one, other):
+    """Whether two specs mean one tokenizer: by name, or by what is in the files."""
+    return one == other or sha256_of(one) == sha256_of(other) is not None
+
+
+def copy_beside(spec, folder):
+    """Where a run keeps its copy of a tokenizer's file."""
+    return Path(folder, f"tokenizer{Path(spec).suffix}")
+
+
 def find_tokenizer(saved, folder):
     """Point saved["tokenizer"] to the copy in the checkpoint's folder, if it is the right file."""
-    expected, copy = saved.get("tokenizer_sha256"), Path(folder, TOKENIZER_FILE)
+    expected, spec = saved.get("tokenizer_sha256"), saved.get("tokenizer")
     if expected is None:
         return
-    spec = str(copy) if copy.is_file() else saved["tokenizer"]
+    copy = copy_beside(spec, folder)
+    spec = str(copy) if copy.is_file() else spec
     require(Path(spec).is_file(), f"its tokenizer {spec} is gone")
     require(sha256_of(spec) == expected, f"{spec} is not the tokenizer that it was trained with")
     saved["tokenizer"] = spec

@@ -33,6 +33,16 @@ def write_atomically(path, write):
         raise
 
 
+def keep_previous(path, name):
+    """Before `path` is replaced: what is there now stays as `name` beside it, at no time missing.
+    Where a disk has no links, there is none to keep."""
+    with contextlib.suppress(OSError):
+        link = path.with_name(name + ".tmp")
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, path.with_name(name))
+
+
 def is_full(folder):
     with contextlib.suppress(OSError):
         disk = os.statvfs(folder)
@@ -59,8 +69,9 @@ def is_locked(descriptor):
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """One process at a time in `folder` (made if need be); BlockingIOError for the second.
+def lock(folder, option="out_dir"):
+    """One process at a time in `folder` (made if need be); BlockingIOError for the second names
+    the option that takes another one.
 
     The lock is the folder's own, so it leaves no file, and ends with the process however that ends.
     """
@@ -75,7 +86,7 @@ def lock(folder):
             raise OSError(f"{folder} cannot be written: it is read-only, or another user's")
         if is_locked(descriptor):
             raise BlockingIOError(f"{folder} is in use by another process: wait for it, or name "
-                                  "another folder with --out_dir")
+                                  f"another folder with --{option}")
         yield
     finally:
         os.close(descriptor)

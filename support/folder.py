@@ -10,16 +10,20 @@ from pathlib import Path
 import torch
 
 from support import checkpoint, machine
-from support.files import write_atomically
+from support.files import keep_previous, write_atomically
 from support.report import NOT_KEPT, trim_log
 from support.shards import load_meta
 from support.tokenizer import get_tokenizer
+
+PREVIOUS = "ckpt.prev.pt"  # the checkpoint before the last one
 
 
 def load_start(config, config_class, model_class):
     """None, or a dictionary like a checkpoint's."""
     if config.init_from == "scratch":
         return None
+    if config.init_from == "hf:":
+        raise ValueError("init_from=hf: names no model: --init_from=hf:NAME_OR_DIR")
     if config.init_from == "gpt2" or config.init_from.startswith("hf:"):
         model = model_class.from_hf(config.init_from.removeprefix("hf:"))
         return {"model": model.state_dict(), "model_config": asdict(model.config)}
@@ -98,9 +102,7 @@ def check_tokenizer(config, meta, start):
             raise ValueError(f"init_from={config.init_from} reads another tokenizer ({n_ids} ids) "
                              f"than that of {config.dataset}: {ours} ({meta['vocab_size']} ids)")
         return
-    digest = checkpoint.sha256_of(saved)
-    same_file = digest is not None and digest == checkpoint.sha256_of(ours)
-    if ours != saved and not same_file:
+    if not checkpoint.same_tokenizer(ours, saved):
         raise ValueError(f"init_from={config.init_from} reads {saved} tokens, and {config.dataset} "
                          f"holds {ours}")
 
@@ -125,13 +127,14 @@ def open_folder(trainer, settings, step):
     c, folder = trainer.config, Path(trainer.config.out_dir)
     text = json.dumps(settings, indent=1).encode()
     write_atomically(folder / "config.json", lambda f: f.write(text))
-    if trainer.tokenizer.endswith(".tiktoken"):
-        ranks = Path(trainer.tokenizer).read_bytes()
-        write_atomically(folder / checkpoint.TOKENIZER_FILE, lambda f: f.write(ranks))
+    if checkpoint.sha256_of(trainer.tokenizer):
+        data = Path(trainer.tokenizer).read_bytes()
+        copy = checkpoint.copy_beside(trainer.tokenizer, folder)
+        write_atomically(copy, lambda f: f.write(data))
     if c.init_from == "resume":
         trim_log(folder / "log.csv", step)
     else:
-        for name in ("ckpt.pt", "log.csv", "loss.png"):
+        for name in ("ckpt.pt", PREVIOUS, "log.csv", "loss.png"):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -146,7 +149,9 @@ def save(trainer, step, seconds, val_loss):
                  "tokenizer_sha256": checkpoint.sha256_of(trainer.tokenizer),
                  "model_config": asdict(trainer.model_config), "train_config": asdict(c)}
         try:
-            write_atomically(Path(c.out_dir, "ckpt.pt"), lambda f: torch.save(state, f))
+            path = Path(c.out_dir, "ckpt.pt")
+            keep_previous(path, PREVIOUS)
+            write_atomically(path, lambda f: torch.save(state, f))
         except OSError as error:
             problem = error
     if trainer.ranks.sum(problem is not None)[0]:
@@ -159,7 +164,7 @@ def check_good(trainer, step, loss):
     """Before saving: a checkpoint that cannot go on must not replace one that can.
 
     Every weight is finite, and the loss on windows of the validation split is not far beyond that
-    of knowing nothing, ln V.
+    of knowing nothing, ln V. For a run that has only begun to diverge there is the one before it.
     """
     mine = (p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters())
     broken = sum(not p.isfinite().all() for p in mine)

@@ -12,7 +12,8 @@ from support.files import is_locked
 
 # what prepare_data.py knows by name
 SOURCES = ("stdlib", "packages", "fineweb", "fineweb-edu", "pile", "pretokenized")
-RANKS = "tokenizer.tiktoken"  # the copy of a rank file in the folder of its tokens
+COPIES = ("tokenizer.tiktoken", "tokenizer.json")  # of a tokenizer, in the folder of its tokens
+NANOGPT = ("train.bin", "val.bin")  # its two files: uint16 tokens, without a header
 LOCK = "prepare_data.lock"  # locked while at work; where it is missing, nothing is deleted
 KINDS = {  # of the values in meta.json; a folder made by other means needs the first two only
     "tokenizer": str,
@@ -30,16 +31,22 @@ KINDS = {  # of the values in meta.json; a folder made by other means needs the 
 def load_meta(folder):
     """meta.json of a prepared folder. -> dict; FileNotFoundError and ValueError name the way out.
 
-    A folder without one that holds llm.c's fineweb_train_*.bin is taken for GPT-2's tokens.
+    A folder without one that holds llm.c's fineweb_train_*.bin or nanoGPT's two files is taken for
+    GPT-2's tokens.
     """
     folder = Path(folder)
     try:
         meta = check_meta(read_json(folder / "meta.json"))
         if "tokenizer_sha256" in meta:  # found from any working folder
-            meta["tokenizer"] = str(folder.resolve() / RANKS)
+            meta["tokenizer"] = str(folder.resolve() / meta["tokenizer"])
+        name = Path(meta["tokenizer"])
+        known = name.suffix in (".tiktoken", ".json") and name.is_file()
+        if not known and str(name) not in ("bytes", "gpt2"):
+            raise ValueError(f"tokenizer {str(name)!r:.80} is neither bytes nor gpt2, nor a file")
         return meta
     except (FileNotFoundError, NotADirectoryError):
-        if any(not path.name.startswith("train") for path in shard_paths(folder, "train")):
+        others = any(not path.name.startswith("train_") for path in shard_paths(folder, "train"))
+        if others and not (folder / "meta.pkl").exists():  # nanoGPT's characters, by a pickle
             return {"tokenizer": "gpt2", "vocab_size": 50257}
         raise FileNotFoundError(f"no data in '{folder}': {making_of(folder)}") from None
     except ValueError as error:
@@ -64,8 +71,11 @@ def check_meta(meta):
     for key, kind in KINDS.items():
         if (key in meta or key in ("tokenizer", "vocab_size")) and type(meta.get(key)) is not kind:
             raise ValueError(f"{key} is {meta.get(key)!r:.40}, not {kind.__name__}")
-    if not 0 < meta["vocab_size"] <= 2**16:
-        raise ValueError(f"vocab_size is {meta['vocab_size']}, shards hold uint16")
+    for key in ("train_tokens", "val_tokens", "documents"):
+        if meta.get(key, 0) < 0:
+            raise ValueError(f"{key} is {meta[key]}")
+    if not 0 < meta["vocab_size"] <= 2**24:
+        raise ValueError(f"vocab_size is {meta['vocab_size']}")
     for name, shard in meta.get("shards", {}).items():
         check_entry(name, shard)
     return meta
@@ -86,8 +96,11 @@ def making_of(folder):
         command = f"python prepare_data.py {shlex.quote(str(folder))} --out_dir={name}"
         return f"it holds no token shards, run: {command} and use --dataset={name}"
     source, _, tokenizer = folder.name.partition("_")
-    source = source if source in SOURCES else "stdlib"
-    options = " --tokenizer=gpt2" if tokenizer == "gpt2" else ""
+    source, tokenizer = source if source in SOURCES else "stdlib", "gpt2" * (tokenizer == "gpt2")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what it was made from
+        settings = read_json(folder / "meta.json")["settings"]
+        source, tokenizer = shlex.join(settings["sources"]), settings["tokenizer"]
+    options = f" --tokenizer={tokenizer}" if tokenizer not in ("", "bytes") else ""
     state = "its preparation has not finished, " if beside(folder, "unfinished").is_dir() else ""
     options += f" --out_dir={shlex.quote(str(folder))}"
     return f"{state}run: python prepare_data.py {source}{options}"
@@ -99,7 +112,7 @@ def shard_paths(folder, split):
 
 
 def is_shard(name, split):
-    return re.fullmatch(rf"([\w.-]+_)?({split})_\d+\.bin", name) is not None
+    return re.fullmatch(rf"([\w.-]+_)?({split})_\d+\.bin|({split})\.bin", name) is not None
 
 
 # ---- one process at a time, and nobody else's files
@@ -132,7 +145,7 @@ def check_ours(folder, markers=(LOCK,)):
         listed = set(load_meta(folder)["shards"])
     except (OSError, ValueError, KeyError):  # in the making, or damaged
         listed = {name for name in names if re.fullmatch(r"(\w+_)?(train|val)_\d{6}\.bin", name)}
-    known = {LOCK, "meta.json", "state.json", RANKS}
+    known = {LOCK, "meta.json", "state.json", *COPIES}
     foreign = names - listed - (known | {"raw"} if "meta.json" not in names else known)
     if foreign or links or (names and names.isdisjoint(markers)):
         raise ValueError(f"{folder} is there and is not ours: name another --out_dir")

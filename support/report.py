@@ -199,12 +199,12 @@ def open_trackers(config, settings, stack):
 # ---- loss.png
 
 
-def draw_loss(trainer):
-    """out_dir/loss.png from log.csv; False where matplotlib is not installed."""
-    if not importlib.util.find_spec("matplotlib"):
+def draw_loss(model_config, out_dir):
+    """out_dir/loss.png from log.csv; False without a log, or where matplotlib is not installed."""
+    out_dir = Path(out_dir)
+    if not importlib.util.find_spec("matplotlib") or not (out_dir / "log.csv").exists():
         return False
     from matplotlib.figure import Figure
-    out_dir = Path(trainer.config.out_dir)
     with open(out_dir / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     names = ("tokens", "train_loss", "val_loss")
@@ -222,8 +222,8 @@ def draw_loss(trainer):
     margin = 0.05 * np.ptp(shown) + 1e-3
     axes.set(xlim=(0, tokens[-1] * 1.01), ylim=(shown.min() - margin, shown.max() + 2 * margin),
              xlabel="tokens", ylabel="cross-entropy, nats per token",
-             title=f"{out_dir.name}: {trainer.model_config.flavour}, {amount(trainer.n_params)} "
-                   f"parameters, {amount(trainer.n_active)} active")
+             title=f"{out_dir.name}: {model_config.flavour}, {amount(model_config.n_params())} "
+                   f"parameters, {amount(model_config.n_active_params())} active")
     axes.xaxis.set_major_formatter(lambda x, _: amount(x))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,8 @@
-"""The shard format (llm.c's and modded-nanogpt's), and the reader that training batches come from.
+"""Folders of tokens as files: llm.c's and modded-nanogpt's shards, nanoGPT's train.bin and val.bin,
+and the reader that training batches come from.
 
-A shard is 256 little-endian int32 (20240520, 1, token count, zeros), then uint16 tokens.
+A shard is 256 little-endian int32 (magic number, version, token count, zeros), then the tokens:
+uint16, or uint32 where 65,536 ids do not do. nanoGPT's files are uint16 tokens and nothing else.
 """
 
 import functools
@@ -11,16 +13,21 @@ from pathlib import Path
 import numpy as np
 
 from support.files import write_atomically
-from support.folders import is_shard, load_meta, making_of, shard_paths
+from support.folders import NANOGPT, is_shard, load_meta, making_of, shard_paths
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+HEADER_BYTES = 256 * 4
+FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # magic, version: tokens
 
 
 def write_shard(path, tokens):
-    """tokens: fewer than 2**31 integers < 2**16. -> {"tokens": count, "sha256": of the file}"""
-    header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    data = header.tobytes(), np.ascontiguousarray(tokens, "<u2").data
+    """tokens: fewer than 2**31 integers, uint32 or below 2**16.
+
+    -> {"tokens": count, "sha256": of the file}
+    """
+    wide = getattr(tokens, "dtype", None) == np.uint32
+    (kind, dtype), header = list(FORMATS.items())[wide], np.zeros(256, "<i4")
+    header[:3] = *kind, len(tokens)
+    data = header.tobytes(), np.ascontiguousarray(tokens, dtype).data
     write_atomically(path, lambda f: f.writelines(data))
     return {"tokens": len(tokens), "sha256": file_sha256(path)}
 
@@ -54,29 +61,51 @@ class ShardWriter:
         return self.shards
 
 
-def count_tokens(f):
-    """The token count of an open shard; a ValueError names a file that is not a whole one."""
-    header, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
+def layout(f):
+    """What an open file of tokens holds: its dtype, where they begin, and their count.
+
+    A ValueError names a file that is not a whole one.
+    """
+    size = os.fstat(f.fileno()).st_size
+    if Path(f.name).name in NANOGPT:
+        if size % 2:
+            raise ValueError(f"{f.name}: truncated, {size} bytes are no row of uint16 tokens")
+        return FORMATS[20240520, 1], 0, size // 2
+    header = f.read(HEADER_BYTES)
     if len(header) < HEADER_BYTES:
         raise ValueError(f"{f.name}: truncated, its {size} bytes are less than a shard's header")
     magic, version, count = np.frombuffer(header, "<i4")[:3].tolist()
-    if (magic, version) != (MAGIC, VERSION):
-        problem = f"starts with {magic}, {version}; expected {MAGIC}, {VERSION}"
+    if (magic, version) not in FORMATS:
+        expected = " or ".join(f"{magic}, {version}" for magic, version in FORMATS)
+        problem = f"starts with {magic}, {version}; expected {expected}"
         raise ValueError(f"{f.name}: not a token shard ({problem})")
-    if size != HEADER_BYTES + 2 * count:
-        found = (size - HEADER_BYTES) / 2
+    dtype = FORMATS[magic, version]
+    if size != HEADER_BYTES + dtype.itemsize * count:
+        found = (size - HEADER_BYTES) / dtype.itemsize
         state = "truncated" if found < count else "damaged"
         raise ValueError(
             f"{f.name}: {state}, {count} tokens in its header, {found:.15g} in the file"
         )
-    return count
+    return dtype, HEADER_BYTES, count
 
 
 def shard_length(path):
-    if Path(path).exists() and not Path(path).is_file():  # to open a pipe would wait
+    """Its tokens, counted; ValueError for what is no whole shard."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # to open a pipe would wait
         raise ValueError(f"{path}: not a file, as a shard has to be")
+    try:
+        with open(path, "rb") as f:
+            return layout(f)[2]
+    except FileNotFoundError:
+        raise ValueError(f"{path} is gone: {making_of(path.parent)} --overwrite") from None
+
+
+def read_shard(path):
+    """All tokens of a shard."""
     with open(path, "rb") as f:
-        return count_tokens(f)
+        dtype, start, _ = layout(f)
+        return np.fromfile(path, dtype, offset=start)
 
 
 def file_sha256(path):
@@ -103,7 +132,8 @@ class ShardReader:
     Windows lie at a stride of block_size (the last token of one is the first of the next), and
     none crosses a shard. Nothing is kept open or in memory: each read is checked against the file
     as it is then, so a shard that is deleted or cut short during training is a ValueError with its
-    name (a memory map would be a SIGBUS).
+    name (a memory map would be a SIGBUS). Before a shard's first window is used, its checksum is
+    compared with that in meta.json, if there is one: a tenth of a second for 200 MB.
     """
 
     def __init__(self, folder, split, block_size, vocab_size=None, seed=0):
@@ -116,16 +146,19 @@ class ShardReader:
             way_out = f"{making_of(Path(folder))} --overwrite"
             raise FileNotFoundError(f"no {split} shards in {folder}: {way_out}")
         self.counts = [shard_length(path) for path in self.paths]
+        self.sha256 = {}  # of the shards that are still to be verified
         for path, count in zip(self.paths, self.counts):
-            expected = listed.get(path.name, {"tokens": count})["tokens"]
-            if count != expected:
-                raise ValueError(f"{path}: {count} tokens, and {expected} in meta.json")
+            expected = listed.get(path.name, {"tokens": count, "sha256": None})
+            if count != expected["tokens"]:
+                raise ValueError(f"{path}: {count} tokens, and {expected['tokens']} in meta.json")
+            self.sha256[path] = expected["sha256"]
         windows = [max(0, count - 1) // block_size for count in self.counts]
         self.windows = np.array(windows)  # (shards,)
         self.n_tokens, self.n_windows = sum(self.counts), int(self.windows.sum())
         if not self.n_windows:
             window = f"no window of block_size + 1 = {block_size + 1}"
-            raise ValueError(f"{folder}: {self.n_tokens} {split} tokens hold {window}")
+            raise ValueError(f"{folder}: {self.n_tokens} {split} tokens hold {window}: lower "
+                             "--block_size, or prepare more text")
 
     def batch(self, first, n):
         """Windows first .. first + n - 1 of the shuffled stream. -> (n, block_size + 1) int64
@@ -161,15 +194,24 @@ class ShardReader:
         """Fill out (len(windows), block_size + 1) from one shard."""
         path, width = self.paths[shard], self.block_size + 1
         try:
+            self.verify(path)
             with open(path, "rb") as f:
-                if count_tokens(f) != self.counts[shard]:
+                dtype, begin, count = layout(f)
+                if count != self.counts[shard]:
                     raise ValueError(f"{path}: changed while it was in use")
+                size = dtype.itemsize
                 for row, window in zip(out, windows.tolist()):
-                    start = HEADER_BYTES + 2 * window * self.block_size
-                    data = os.pread(f.fileno(), 2 * width, start)
-                    row[:] = np.frombuffer(data, "<u2", width)
+                    start = begin + size * window * self.block_size
+                    row[:] = np.frombuffer(os.pread(f.fileno(), size * width, start), dtype, width)
         except FileNotFoundError:
             raise ValueError(f"{path}: vanished while it was in use") from None
         if self.vocab_size is not None and out.max() >= self.vocab_size:
             beyond = f"beyond the vocabulary of {self.vocab_size}"
             raise ValueError(f"{path}: token id {out.max()} is {beyond}")
+
+    def verify(self, path):
+        """Once: is this the file that was written? Folders made by other means do not say."""
+        expected = self.sha256.pop(path, None)
+        if expected is not None and file_sha256(path) != expected:
+            raise ValueError(f"{path} is not what was written there (checksum): "
+                             f"{making_of(path.parent)} --overwrite")

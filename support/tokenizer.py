@@ -1,9 +1,10 @@
-"""Tokenizers: bytes, GPT-2's BPE, or any .tiktoken rank file."""
+"""Tokenizers: bytes, GPT-2's BPE, any .tiktoken rank file, or the tokenizer.json of a Hub model."""
 
 import base64
 import functools
 import hashlib
 import lzma
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +13,95 @@ import tiktoken
 GPT2 = Path(__file__).with_name("gpt2_vocabulary.xz")  # its tokens by rank, a base64 line each
 # how GPT-2 splits text
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # names of the end of text
 RUN = 100_000  # characters of whitespace; tiktoken gives up on some 500,000 of them in a row
 
 
 class Tokenizer:
     """A tiktoken.Encoding whose ids are 0..vocab_size - 1, the end of text (`eot`) among them."""
 
-    def __init__(self, name, encoding, sha256=None):
-        self.name, self.encoding = name, encoding
-        self.sha256 = sha256  # of its rank file; None for bytes and gpt2, which never change
+    copy = "tokenizer.tiktoken"  # name of the copy that travels with the data
+
+    def __init__(self, name, encoding, data=None):
+        self.name, self.encoding, self.data = name, encoding, data
+        # of its file; None for bytes and gpt2, which never change
+        self.sha256 = data and hashlib.sha256(data).hexdigest()
         self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
 
+    @property
+    def dtype(self):
+        """Of the ids in a shard."""
+        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
     def encode_array(self, text: str) -> np.ndarray:
-        """-> uint16. A special token's text is ordinary text; half a surrogate pair becomes "?"."""
+        """-> ids. A special token's text is ordinary text; half a surrogate pair becomes "?"."""
         data = text.encode("utf-8", "replace")
         if self.name == "bytes":
-            return np.frombuffer(data, np.uint8).astype(np.uint16)
+            return np.frombuffer(data, np.uint8).astype(self.dtype)
         encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
-        return np.concatenate([*map(encode, cut_whitespace(data.decode()))]).astype(np.uint16)
+        pieces = map(encode, cut_whitespace(data.decode()))
+        return np.concatenate([*pieces]).astype(self.dtype)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
+    def one(self, token):
+        return self.encoding.decode_single_token_bytes(token)
+
     def decode_bytes(self, tokens):
         """An id beyond the vocabulary (a model's may be padded) becomes U+FFFD."""
-        one, unknown = self.encoding.decode_single_token_bytes, "\ufffd".encode()
-        return b"".join(one(token) if token < self.vocab_size else unknown for token in tokens)
+        unknown = "\ufffd".encode()
+        return b"".join(self.one(t) if t < self.vocab_size else unknown for t in tokens)
 
     def decode(self, tokens) -> str:
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+
+class HubTokenizer(Tokenizer):
+    """A tokenizer.json, as models of Hugging Face have it, read by their library `tokenizers`."""
+
+    copy = "tokenizer.json"
+
+    def __init__(self, name, data):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f'{name} needs tokenizers: pip install -e ".[hf]"') from None
+        try:
+            self.encoding = encoding = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # it raises nothing narrower
+            raise ValueError(f"{name}: not a tokenizer.json ({error})") from None
+        encoding.no_padding()
+        encoding.no_truncation()
+        encoding.encode_special_tokens = True  # as ordinary text
+        ids = encoding.get_vocab(with_added_tokens=True)
+        ends = [ids[word] for word in ENDS if word in ids]
+        if not ends:
+            raise ValueError(f"{name}: no end of text among its tokens ({', '.join(ENDS)})")
+        self.name, self.data, self.sha256 = name, data, hashlib.sha256(data).hexdigest()
+        self.vocab_size, self.eot = max(ids.values()) + 1, ends[0]
+        self.letters = printable_bytes() if "ByteLevel" in str(encoding.decoder) else None
+
+    def encode_array(self, text):
+        text = text.encode("utf-8", "replace").decode()
+        ids = self.encoding.encode(text, add_special_tokens=False).ids
+        return np.array(ids, self.dtype)
+
+    def one(self, token):
+        """Byte-level BPE spells bytes by letters; SentencePiece has a sign for the space."""
+        piece = self.encoding.id_to_token(token) or ""
+        if self.letters and all(letter in self.letters for letter in piece):
+            return bytes(self.letters[letter] for letter in piece)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
+
+
+def printable_bytes():
+    """GPT-2's spelling: printable bytes stand for themselves, the others for letters from 256 on.
+    -> {letter: byte}"""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def cut_whitespace(text):
@@ -54,20 +115,42 @@ def cut_whitespace(text):
 
 
 def get_tokenizer(spec: str, sha256: str | None = None) -> Tokenizer:
-    """spec: "bytes" (257 ids), "gpt2" (50257), or the path of a .tiktoken rank file.
+    """spec: bytes (257 ids), gpt2 (50257), the path of a .tiktoken or tokenizer.json, or hf:NAME.
 
     sha256: what that file must have, as meta.json keeps it. ValueError for all that is wrong.
     """
-    ranks, digest = {bytes([i]): i for i in range(256)}, None
-    if spec not in ("bytes", "gpt2"):
-        ranks, digest = read_ranks(Path(spec))
-    if sha256 not in (None, digest):
-        raise ValueError(f"{spec}: not the tokenizer that the data was made with (SHA-256)")
     if spec == "gpt2":
         return Tokenizer(spec, gpt2_encoding())
+    ranks, data, path = {bytes([i]): i for i in range(256)}, None, Path(spec)
+    if spec.startswith("hf:"):
+        return HubTokenizer(spec, tokenizer_json(spec[3:]))
+    if spec != "bytes":
+        if path.suffix not in (".tiktoken", ".json") or not path.is_file():
+            raise ValueError(f"no tokenizer '{spec}': bytes, gpt2, hf:NAME_OR_DIR, or the path of "
+                             "a .tiktoken or tokenizer.json file")
+        data = path.read_bytes()
+    if sha256 is not None and (data is None or hashlib.sha256(data).hexdigest() != sha256):
+        raise ValueError(f"{spec}: not the tokenizer that the data was made with (SHA-256)")
+    if path.suffix == ".json":
+        return HubTokenizer(spec, data)
+    ranks = ranks if data is None else read_ranks(path, data)
     eot = {"<|endoftext|>": len(ranks)}
     encoding = tiktoken.Encoding(spec, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=eot)
-    return Tokenizer(spec, encoding, digest)
+    return Tokenizer(spec, encoding, data)
+
+
+def tokenizer_json(name):
+    """The tokenizer.json of a model, by its name on the hub or its folder -> bytes."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(f'hf:{name} needs transformers: pip install -e ".[hf]"') from None
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return theirs.backend_tokenizer.to_str().encode()
+    except Exception as error:  # no network, no such name, no fast tokenizer: a type for each
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"hf:{name}: no tokenizer that can be read ({reason})") from None
 
 
 @functools.cache
@@ -79,11 +162,8 @@ def gpt2_encoding():
     return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=eot)
 
 
-def read_ranks(path):
-    """A .tiktoken file: a line for each token, in base64, and its rank. -> {bytes: int}, SHA-256"""
-    if path.suffix != ".tiktoken" or not path.is_file():
-        raise ValueError(f"no tokenizer '{path}': bytes, gpt2, or the path of a .tiktoken file")
-    data = path.read_bytes()
+def read_ranks(path, data):
+    """A .tiktoken file: a line for each token, in base64, and its rank. -> {bytes: int}"""
     try:
         rows = [line.split() for line in data.splitlines() if line.strip()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
@@ -92,6 +172,4 @@ def read_ranks(path):
     whole = sorted(ranks.values()) == list(range(len(rows)))
     if not whole or any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError(f"{path}: needs all 256 single bytes, and ranks 0 to n - 1, once each")
-    if len(ranks) >= 2**16:
-        raise ValueError(f"{path}: {len(ranks) + 1} ids are too many, shards hold uint16")
-    return ranks, hashlib.sha256(data).hexdigest()
+    return ranks

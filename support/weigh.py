@@ -22,8 +22,9 @@ def main(doc):
     folder, target = parsed.given.get("out_dir"), parsed.make(ExportConfig).export
     try:
         budget.check_size(parsed.given)
+        rules.check([(target != "", "--export is empty: name a folder to write")])
         if parsed.words["config"] or not folder:
-            rules.check([(not target, "--export writes a trained model: name its folder with "
+            rules.check([(target is None, "--export writes a trained model: name its folder with "
                           "--out_dir, and no config file")])
             config = parsed.make(ModelConfig)
         else:

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -254,7 +255,6 @@ BAD_RANKS = [  # content, what the line says
     ({k: v for k, v in SINGLE.items() if v != 7}, "256 single bytes"),
     (SINGLE | {b"ab": 255}, "once each"),  # a rank twice
     (SINGLE | {b"ab": 300}, "once each"),  # a hole
-    (SINGLE | {struct.pack("<I", i): i for i in range(256, 65536)}, "65537 ids are too many"),
     (b"no rank file\n", "not a .tiktoken rank file"),
     (b"!!! 3\n", "not a .tiktoken rank file"),
     (b"", "256 single bytes"),
@@ -306,7 +306,8 @@ BAD_SHARDS = [  # bytes, what the line says
     (header(), "truncated, 100 tokens in its header, 0 in the file"),
     (header() + bytes(199), "truncated, 100 tokens in its header, 99.5 in the file"),
     (header() + bytes(202), "damaged, 100 tokens in its header, 101 in the file"),
-    (header(magic=20240522) + bytes(200), "not a token shard"),  # llama-3's shards: uint32
+    (header(magic=20240801, version=7) + bytes(200), "truncated, 100 tokens in its header, 50 in"),
+    (header(magic=20240801) + bytes(400), "not a token shard"),
     (header(version=2) + bytes(200), "not a token shard"),
     (header(count=-1) + bytes(200), "damaged"),
     (header(count=2**31 - 1) + bytes(200), "truncated"),
@@ -488,10 +489,91 @@ def test_files_of_modded_nanogpt_as_they_are(tmp_path):
     assert ShardReader(tmp_path, "val", 7).n_tokens == 30
 
 
+def test_nanogpts_two_files_as_they_are(tmp_path, capsys):
+    """Raw uint16, GPT-2's ids; its characters are numbered by a pickle, which is not opened."""
+    for name, n in ("train", 99), ("val", 50):
+        np.arange(n, dtype="<u2").tofile(tmp_path / f"{name}.bin")
+    assert load_meta(tmp_path) == {"tokenizer": "gpt2", "vocab_size": 50257}
+    reader = ShardReader(tmp_path, "train", 7, 50257)
+    assert reader.n_tokens == 99 and reader.sequential(1, 1).tolist() == [[*range(7, 15)]]
+    assert ShardReader(tmp_path, "val", 7).n_tokens == 50
+    write(tmp_path / "train.bin", b"odd")
+    with pytest.raises(ValueError, match=r"train\.bin: truncated, 3 bytes"):
+        ShardReader(tmp_path, "train", 7)
+    write(tmp_path / "meta.pkl", b"anything")
+    with pytest.raises(FileNotFoundError, match="no data in"):
+        load_meta(tmp_path)
+
+
+def hub_folder(folder, texts, n=600, padding=0, end="<|endoftext|>"):
+    """A byte-level BPE of `tokenizers`' own making, in a folder as transformers saves it."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=n, show_progress=False, special_tokens=[end],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens([f"reserved {i}" for i in range(padding)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end)
+    fast.save_pretrained(folder)
+    return fast
+
+
+HUB_TEXTS = ["def naïve(x):\n    return x ** 2  # “Straße”, 東京 😀\n" * 40, "a <|endoftext|> b",
+             "   "]
+
+
+@pytest.mark.parametrize("padding, dtype", [(0, "<u2"), (2**16, "<u4")])
+def test_a_tokenizer_of_a_hub_model(tmp_path, out, padding, dtype):
+    """Its ids are transformers' own, 32 bits wide where 16 do not do; a copy travels along, and
+    training and text come from that copy alone."""
+    fast = hub_folder(tmp_path / "hub", HUB_TEXTS, padding=padding)
+    source = write(tmp_path / "a.jsonl", jsonl(HUB_TEXTS))
+    meta = make(source, out, tokenizer=f"hf:{tmp_path / 'hub'}")
+    shutil.rmtree(tmp_path / "hub")
+    tokenizer = get_tokenizer(load_meta(out)["tokenizer"], meta["tokenizer_sha256"])
+    assert tokenizer.vocab_size == meta["vocab_size"] == len(fast) and tokenizer.eot == 0
+    ids = fast(HUB_TEXTS, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert [tokenizer.encode(text) for text in HUB_TEXTS] == ids
+    assert [tokenizer.decode(row) for row in ids] == HUB_TEXTS
+    kind, found = (20240520, 1) if dtype == "<u2" else (20240801, 7), []  # llm.c's layouts
+    for split in ("train", "val"):
+        shard = (out / f"{split}_000000.bin").read_bytes()
+        assert struct.unpack("<3i", shard[:12]) == (*kind, meta[f"{split}_tokens"])
+        found.append(np.frombuffer(shard[1024:], dtype).tolist())
+        window = ShardReader(out, split, 1, len(fast)).sequential(1, 1)
+        assert window.tolist() == [found[-1][1:3]]
+    starts = [np.flatnonzero(np.equal(tokens, 0)) for tokens in found]  # of the documents
+    documents = [d.tolist() for a, b in zip(found, starts) for d in np.split(a, b)[1:]]
+    assert sorted(documents) == sorted([0, *row] for row in ids)
+
+
+def test_sentencepiece_spells_spaces_and_bytes(tmp_path):
+    """LLaMA's kind: U+2581 for a space, <0x0A> for a byte; and what cannot be read is one line."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    vocabulary = {"</s>": 0, "\u2581def": 1, "<0xC3>": 2, "<0xA9>": 3, "x": 4}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = get_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.decode([1, 4, 2, 3, 9]) == " defxé\ufffd" and tokenizer.eot == 0
+    with pytest.raises(ValueError, match="not the tokenizer that the data was made with"):
+        get_tokenizer(str(tmp_path / "tokenizer.json"), "0" * 64)
+    for content in b"{}", b"\xff":
+        write(tmp_path / "tokenizer.json", content)
+        with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
+            get_tokenizer(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="hf:nowhere: no tokenizer that can be read"):
+        get_tokenizer("hf:nowhere")
+
+
 GOOD = {"tokenizer": "bytes", "vocab_size": 257}
 BAD_META = [  # content of meta.json, or what replaces a value of GOOD
     "", "[]", "{", "\xff", "3", "null", '{"tokenizer": "bytes"}', "[" * 100_000, '{"a":' * 100_000,
     {"vocab_size": "x"}, {"vocab_size": "257"}, {"vocab_size": 257.5}, {"vocab_size": True},
+    {"tokenizer": "nope"}, {"tokenizer": "gone.json"}, {"train_tokens": -1}, {"documents": -1},
     {"vocab_size": 0}, {"vocab_size": -1}, {"vocab_size": 10**9}, {"vocab_size": None},
     {"tokenizer": 5}, {"tokenizer": ["gpt2"]}, {"tokenizer": None}, {"tokenizer": {}},
     {"train_tokens": "many"}, {"val_tokens": None}, {"documents": []}, {"settings": []},
@@ -1114,7 +1196,7 @@ def test_shards_that_meta_does_not_list(out, source):
     with pytest.raises(ValueError, match=r"train_000001\.bin: 20 tokens, and 50000 in meta\.json"):
         ShardReader(out, "train", 8)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"train_000001\.bin"):
+    with pytest.raises(ValueError, match=r"train_000001\.bin is gone: run: .*a\.jsonl.*--over"):
         ShardReader(out, "train", 8)
     write(path, whole)
     write_shard(out / "train_000009.bin", np.arange(20))  # not of this preparation

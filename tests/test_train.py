@@ -283,7 +283,7 @@ def test_files_of_a_finished_run(data, tmp_path, command):
     code, out, err = command(data, tmp_path / "out", max_steps=4, tensorboard=False)
     assert (code, err) == (0, "")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["ckpt.pt", "config.json", "log.csv", "loss.png"]
+    assert names == ["ckpt.prev.pt", "ckpt.pt", "config.json", "log.csv", "loss.png"]
     settings = json.loads((tmp_path / "out/config.json").read_text())
     assert settings["model"]["d_model"] == 32 and settings["train"]["max_steps"] == 4
     assert (tmp_path / "out/loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -461,6 +461,7 @@ def test_damaged_data(tmp_path, command):
     assert_refused(command(folder, tmp_path / "out"), str(shard), "not a token shard")
     folder, shard = fresh("beyond")
     write_shard(shard, np.full(2000, 300, np.uint16))
+    (folder / "meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257}')
     assert_refused(command(folder, tmp_path / "out", max_steps=20), str(shard), "300", "257")
 
 

@@ -5,22 +5,24 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from train_helpers import ROOT, make_data
+from train_helpers import ROOT, assert_same_state, make_data
 
 import model
 import prepare_data
+import probe
 import sample
 import train
-from support import report
+from support import files, report
 
 SMALL = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_size=32", "--micro_batch=4",
          "--batch_tokens=128", "--max_steps=3", "--eval_tokens=128", "--warmup_steps=0", "--quiet"]
-MAINS = {"train": train.main, "sample": sample.main, "prepare_data": prepare_data.main,
-         "model": model.main}
+MAINS = {"train": train.main, "probe": probe.main, "sample": sample.main,
+         "prepare_data": prepare_data.main, "model": model.main}
 
 
 @pytest.fixture
@@ -56,6 +58,62 @@ def test_a_run_that_diverges_never_replaces_a_checkpoint_that_can_go_on(run_of, 
     assert call("train", *more, "--lr=1e-3", "--min_lr=1e-4") == (0, "")
 
 
+def test_the_checkpoint_before_the_last_stays_and_can_be_gone_back_to(run_of, call):
+    """A kill between the two files leaves both; the way back gives the same last checkpoint."""
+    _, out, words = run_of
+    assert call("train", *words, "--overwrite", "--save_every=1")[0] == 0
+    last, before = out / "ckpt.pt", out / "ckpt.prev.pt"
+    step = lambda path: torch.load(path, weights_only=True)["step"]
+    assert (step(before), step(last)) == (2, 3)
+    weights = torch.load(last, weights_only=True)["model"]
+    before.replace(last)
+    assert call("train", *words, "--init_from=resume", "--save_every=1") == (0, "")
+    assert (step(before), step(last)) == (2, 3) and before.stat().st_nlink == 1
+    assert_same_state(torch.load(last, weights_only=True)["model"], weights)
+    files.keep_previous(last, before.name)  # and killed here
+    assert last.stat().st_nlink == 2 and step(before) == 3
+
+
+def test_a_picture_that_a_kill_cut_short_is_drawn_when_the_finished_run_is_resumed(run_of, call):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    _, out, words = run_of
+    (out / "loss.png").rename(out / "loss.png.tmp")
+    assert call("train", *words, "--init_from=resume") == (0, "")
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG" and not (out / "loss.png.tmp").exists()
+
+
+def test_a_second_probe_into_a_folder_waits_its_turn(run_of, call):
+    """Both would rename the other's files: one lock, which names the option."""
+    _, out, _ = run_of
+    with files.lock(out):
+        code, err = call("probe", f"--out_dir={out}", "--routing")
+    assert code == 2 and err.count("\n") == 1 and "--save_dir" in err and "is in use" in err
+
+
+@pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin"])
+def test_a_flipped_bit_in_a_shard(run_of, call, name, tmp_path):
+    """Sizes stay, only the checksum tells; where meta.json has none, nobody can know."""
+    data, _, words = run_of
+    other, damaged = shutil.copytree(data, tmp_path / "other"), tmp_path / "other" / name
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+    words = [*words, f"--dataset={other}", f"--out_dir={tmp_path / 'x'}", "--overwrite"]
+    code, err = call("train", *words)
+    assert code == 2 and err.count("\n") == 1 and f"{name} is not what was written" in err
+    (other / "meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257}')
+    assert call("train", *words) == (0, "")
+
+
+def test_a_checkpoint_of_parameters_loads_without_a_warning(run_of):
+    _, out, _ = run_of
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
+    saved["model"] = {name: value.requires_grad_() for name, value in saved["model"].items()}
+    torch.save(saved, out / "ckpt.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_checkpoint(out / "ckpt.pt")
+
+
 @pytest.mark.parametrize("name", ["train_000000.bin", "meta.json"])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_shards_that_are_no_files(run_of, call, name, make, tmp_path):
@@ -70,6 +128,9 @@ def test_shards_that_are_no_files(run_of, call, name, make, tmp_path):
 @pytest.mark.parametrize("script, words, expected", [
     ("train", ["--flavour=infmoe", "--infmoe_samples=10000000"], "GB"),
     ("train", ["--block_size=1000000000"], "block_size=1000000000 is more than"),
+    ("train", ["--block_size=4096", "--batch_tokens=16384"], "lower --block_size, or prepare more"),
+    ("train", ["--init_from=hf:"], "names no model: --init_from=hf:NAME_OR_DIR"),
+    ("model", ["--export="], "--export is empty"),
     ("sample", ["--seed=1e30"], "seed="),
     ("model", ["--export={file}"], "is a file"),
 ])

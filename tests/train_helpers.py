@@ -36,13 +36,15 @@ TRAINING = dict(max_steps=6, batch_tokens=256, micro_batch=4, eval_every=3, eval
 def make_data(folder, n_train=4001, n_val=600, shards=2):
     """A corpus of bytes with something to learn in it: short words, by a fixed seed."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng, made = np.random.default_rng(0), {}
     words = [b"one ", b"two ", b"three ", b"four\n"]
     for split, n, parts in (("train", n_train, shards), ("val", n_val, 1)):
         for i in range(parts):
             text = b"".join(words[j] for j in rng.integers(0, 4, n))[: n // parts]
-            write_shard(folder / f"{split}_{i:06d}.bin", np.frombuffer(text, np.uint8))
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257}))
+            name = f"{split}_{i:06d}.bin"
+            made[name] = write_shard(folder / name, np.frombuffer(text, np.uint8))
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "shards": made}
+    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
