@@ -41,7 +41,7 @@ from tqdm import tqdm
 import kernels
 from configurator import fail, parse
 from model import GPT, ModelConfig
-from support import budget, checkpoint, cpu, experts_over_ranks, files, folder, machine
+from support import budget, checkpoint, cpu, experts_over_ranks, files, folder, machine, upcycle
 from support.report import describe, draw_loss, log_row, open_trackers, progress, summary, tell
 from support.shards import ShardReader, load_meta
 
@@ -50,7 +50,9 @@ from support.shards import ShardReader, load_meta
 class TrainConfig:
     dataset: str = "data/stdlib"  # folder of token shards, made by prepare_data.py
     out_dir: str = "out/run"  # receives ckpt.pt, config.json, log.csv, loss.png
-    init_from: str = "scratch"  # scratch | resume | a checkpoint's folder | gpt2 | hf:NAME_OR_DIR
+    init_from: str = "scratch"  # scratch | resume | a checkpoint's folder | gpt2 | hf:NAME_OR_DIR;
+    # a dense model may become one with experts: --flavour=topk (support/upcycle.py)
+    upcycle_noise: float = 0.0  # on the copies that experts then start as, in standard deviations
     overwrite: bool = False  # start anew although out_dir holds a checkpoint
     plan: bool | int = False  # print memory, FLOPs and time (--plan=8: on 8 ranks), and leave
     max_steps: int = 300  # optimizer steps of the whole run
@@ -190,7 +192,10 @@ def make_model(trainer, start):
     torch.manual_seed(trainer.config.seed)
     model = GPT(trainer.model_config)
     if start is not None:
-        folder.load_weights(model, start["model"], trainer.config.init_from)
+        weights = start["model"]
+        if start["model_config"]["flavour"] == "dense" != model.config.flavour:
+            weights = upcycle.to_experts(weights, model, trainer.config.upcycle_noise)
+        folder.load_weights(model, weights, trainer.config.init_from)
     model.recompute = trainer.config.recompute
     if trainer.config.shard in ("fsdp", "ep"):
         machine.shard_model(model, trainer.ranks, trainer.dtype, trainer.config.shard)
@@ -458,8 +463,10 @@ def settings(parsed):
         model_config = parsed.make(ModelConfig)
     else:
         names = {f.name for f in fields(ModelConfig)}
-        changed = {name: value for name, value in given.items() if name in names}
-        model_config = ModelConfig(**(start["model_config"] | changed))
+        changed, theirs = {k: v for k, v in given.items() if k in names}, start["model_config"]
+        if theirs["flavour"] == "dense" != changed.get("flavour", "dense"):
+            theirs = upcycle.backbone(theirs)
+        model_config = ModelConfig(**(theirs | changed))
     budget.check_size(asdict(model_config))
     return model_config, config, start
 

@@ -54,6 +54,10 @@ def describe(trainer, start):
         rows["start"] = "; ".join([f"after step {start['step']}", *changed])
     elif c.init_from != "scratch":
         rows["start"] = c.init_from
+        if start["model_config"]["flavour"] == "dense" != m.flavour:
+            rows["start"] += ", its FFNs copied into experts"
+            if any(name.endswith("ffn.w_in.bias") for name in start["model"]):
+                rows["start"] += ", their biases left out"
     return table(**rows)
 
 
