@@ -285,7 +285,8 @@ def update(trainer, lr):
         group["lr"] = lr
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    # DDP's gradients live in its buckets: emptied, not dropped, or a step would hold them twice.
+    trainer.optimizer.zero_grad(set_to_none=trainer.ddp is None)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 

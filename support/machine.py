@@ -254,16 +254,17 @@ class ShardedAdamW(torch.optim.AdamW):
         for rows, tensor in zip(mine, self.whole):
             rows.grad = self.rows(tensor.grad)
         super().step()
-        for rows, tensor in zip(mine, self.whole):
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name
+        for rows, tensor in zip(mine, self.whole):  # changed in torch 2.13
             if len(tensor) % self.mesh.size():  # small ones, by way of a copy
                 tensor.copy_(rows.full_tensor())
             else:
-                dist.all_gather_into_tensor(tensor.detach(), rows.to_local(), self.mesh.get_group())
+                gather(tensor.detach(), rows.to_local(), self.mesh.get_group())
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad()
         for tensor in self.whole:
-            tensor.grad = None
+            tensor.grad = None if set_to_none else tensor.grad.zero_()
 
 
 def load_optimizer(optimizer, saved):
