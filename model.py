@@ -38,6 +38,7 @@ class ModelConfig:
 
     # the backbone
     arch: Literal["gpt2", "llama"] = "gpt2"  # LayerNorm, GELU, positions | RMSNorm, SwiGLU, RoPE
+    activation: Literal["gelu", "swiglu"] | None = None  # of FFNs and experts; None: arch's
     n_layer: int = 6
     n_head: int = 6
     n_kv_head: int | None = None  # key/value heads (grouped-query attention); None: n_head
@@ -105,10 +106,6 @@ class ModelConfig:
         """infmoe: the rate N of each hidden layer."""
         one_for_all = not isinstance(self.infmoe_rate, tuple)
         return (self.infmoe_rate,) * self.infmoe_depth if one_for_all else self.infmoe_rate
-
-    @property
-    def activation(self) -> str:
-        return "gelu" if self.arch == "gpt2" else "swiglu"
 
     def n_params(self) -> int:
         """Stored parameters, embeddings included."""

@@ -18,6 +18,7 @@ Papers: Switch (arXiv 2101.03961), DeepSeekMoE and V3 (2401.06066, 2412.19437), 
 (2106.04426), UniPool with KERN's NormRouter (2605.06665), infinity-MoE (2601.17680). "[ours]" marks
 a choice that no paper makes.
 """
+import functools
 import math
 from typing import NamedTuple
 
@@ -392,11 +393,23 @@ class ContinuousBank(nn.Module):
         self.w_z = nn.ParameterDict({i: torch.empty(d_ff, dz) for i in owners})
 
     def init_weights(self, std, out_std):
-        for w in self.w_in:
-            nn.init.normal_(w, std=std)
+        for i, w in enumerate(self.w_in):
+            nn.init.normal_(w, std=std if i == 0 else self.inner_std(i, std))
         nn.init.normal_(self.w_out, std=out_std)
         for w in self.w_z.values():
             nn.init.normal_(w, std=w.shape[1] ** -0.5)  # W_z z starts at unit variance [ours]
+
+    def inner_std(self, i: int, std: float) -> float:
+        """Of W_i, i > 1: W_i h_{i-1} starts with the variance that W_1 x has for a normed x [ours].
+
+        With W_1's std a deep SwiGLU FFN starts at 1 % of the stream's rms (one layer: 43 %).
+        """
+        randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        d_ff, wanted = self.w_out.shape[1], std * self.w_in[0].shape[1] ** 0.5
+        h = wanted * randn(64, 1, len(self.w_in[0]))  # W_1 x of 64 tokens (64, 1, F or 2F)
+        n, scores = self.n_keep[i - 1], randn(64, 1, d_ff)
+        act = self.gated(h, None if n is None else kernels.topn_mask(scores, n))
+        return wanted / (d_ff * act.square().mean().item()) ** 0.5
 
     def n_active(self, n_choices: list[int]) -> int:
         """Parameters that a token uses at most: the share min(1, masks * N) of rows and columns.
@@ -430,9 +443,9 @@ class ContinuousBank(nn.Module):
             return [next(iter(kept.values()))] * len(codes)
         return [kept.get(str(i)) for i in range(len(codes))]
 
-    def hidden(self, x, w, mask):
-        """One hidden layer: x (T, 1 or K, D or F), mask (T, K, F) or None -> (T, 1 or K, F)."""
-        h = F.linear(x, w)
+    def gated(self, h, mask):
+        """A hidden layer after its matrix: h (T, 1 or K, F or 2F), mask (T, K, F) or None ->
+        (T, 1 or K, F)."""
         if mask is None:
             return activate(h, self.activation)
         mask = mask.to(h.dtype)
@@ -454,7 +467,7 @@ class ContinuousBank(nn.Module):
         # the other forms, in plain torch whatever the backend
         h = x[:, None, :]  # (T, 1, D); W_1 x is shared by the samples
         for w, mask in zip(self.w_in, self.masks(codes)):
-            h = self.hidden(h, w, mask)  # (T, K, F)
+            h = self.gated(F.linear(h, w), mask)  # (T, K, F)
         return F.linear(h.mean(1), self.w_out), h if keep_activations else None
 
 

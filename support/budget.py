@@ -126,7 +126,7 @@ def memory_per_rank(model, c, n_ranks):
     # With autocast the residual stream stays float32: bytes of it, and of what matrices see.
     wide, narrow = (4, 4) if c.dtype == "float32" else (3, 2)
     gpt2 = m.arch == "gpt2"
-    ffn = (2 if gpt2 else 4) * (m.d_expert or m.d_ff) + 2 * m.d_model
+    ffn = (2 if m.activation == "gelu" else 4) * (m.d_expert or m.d_ff) + 2 * m.d_model
     if m.top_k:  # their backward runs the activation again
         ffn //= 2
     chosen = (m.top_k or 1) + (m.n_shared_experts or 0)

@@ -298,6 +298,8 @@ def obstacles(c):
         (experts and norm == "full" and c.head_dim * c.n_head != c.d_model,
          f"OLMoE's norms with head_dim={c.head_dim}"),
         (c.flavour == "dense" and norm != "none", f"qk_norm={norm} in a dense {c.arch}"),
+        (c.arch == "gpt2" and c.activation != "gelu", "GPT-2 blocks with activation=swiglu"),
+        (c.arch == "llama" and c.activation != "swiglu", "LLaMA blocks with activation=gelu"),
         (c.arch == "gpt2" and not c.bias, "GPT-2 without biases (bias=False)"),
         (c.arch == "llama" and c.bias, "LLaMA with all biases (bias=True)"),
     ]

@@ -11,9 +11,9 @@ MAY_BE_ZERO = ("n_shared_experts", "pool_groups", "infmoe_mean_from", "infmoe_hi
 LARGEST = {  # building or holding more takes minutes, or more than any machine has
     "n_layer": 2000, "block_size": 2**22, "n_experts": 10**7, "infmoe_depth": 100}
 OF_THE_BACKBONE = (
-    "arch", "flavour", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "head_dim",
-    "block_size", "vocab_size", "dropout", "bias", "qk_norm", "norm_eps", "tie_embeddings",
-    "rope_base", "init_std", "backend")
+    "arch", "activation", "flavour", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff",
+    "head_dim", "block_size", "vocab_size", "dropout", "bias", "qk_norm", "norm_eps",
+    "tie_embeddings", "rope_base", "init_std", "backend")
 OF_DISCRETE_EXPERTS = ("expert", "n_experts", "top_k", "n_shared_experts", "router",
                        "norm_topk_prob", "balance_scores", "z_coef", "coupling_coef", "coupling")
 
@@ -57,7 +57,7 @@ def resolve(c, flavours, routers):
 
     gpt2 = c.arch == "gpt2"
     default(n_kv_head=c.n_head, d_ff=4 * c.d_model, head_dim=c.d_model // max(1, c.n_head),
-            bias=gpt2, tie_embeddings=gpt2)
+            bias=gpt2, tie_embeddings=gpt2, activation="gelu" if gpt2 else "swiglu")
     if c.flavour == "dense":
         return
     preset = {"pool_groups": 0, **flavours[c.flavour]}

@@ -271,6 +271,8 @@ def test_export_of_the_tokenizer(spec, tmp_path):
     (TOPK | dict(qk_norm="full", head_dim=16), "head_dim=16"),
     (dict(arch="llama", qk_norm="head"), "qk_norm=head"),
     (dict(arch="llama", bias=True), "bias=True"),
+    (dict(arch="llama", activation="gelu"), "activation=gelu"),
+    (dict(arch="gpt2", activation="swiglu"), "activation=swiglu"),
     (dict(arch="gpt2", bias=False), "bias=False"),
 ])
 def test_export_refuses_with_the_reason(settings, words, tmp_path):

@@ -66,6 +66,7 @@ def test_flavours_set_their_papers_defaults(flavour, expected):
     (dict(), "d_ff", 64), (dict(), "head_dim", 8), (dict(), "n_kv_head", 2),  # what None means
     (dict(), "tie_embeddings", True), (dict(arch="llama"), "tie_embeddings", False),
     (dict(), "bias", True), (dict(arch="llama"), "bias", False),
+    (dict(), "activation", "gelu"), (dict(arch="llama"), "activation", "swiglu"),
     (dict(flavour="topk", top_k=1), "norm_topk_prob", False),  # K = 1 never renormalises
     (dict(flavour="deepseek", top_k=1), "norm_topk_prob", False),
     (dict(flavour="unipool", pool_groups=2), "n_experts", 8),  # 8 per layer, whatever the groups
@@ -84,6 +85,18 @@ def test_flavours_set_their_papers_defaults(flavour, expected):
 def test_defaults_that_follow_from_others(overrides, name, value):
     config = ModelConfig(**{"n_layer": 2, "n_head": 2, "d_model": 16, **overrides})
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+
+
+@pytest.mark.parametrize("flavour", ["dense", "deepseek", "infmoe"])
+def test_the_activation_is_independent_of_the_architecture(flavour):
+    """LLaMA blocks with GELU: one input matrix instead of gate and up, everything else as was."""
+    for arch, other in (("llama", "gelu"), ("gpt2", "swiglu")):
+        own, changed = (GPT(small(arch=arch, activation=a, flavour=flavour)) for a in (None, other))
+        ffns = {m.activation for m in changed.modules() if hasattr(m, "activation")}
+        shapes = [{k: v.shape for k, v in m.state_dict().items() if "w_in" not in k}
+                  for m in (own, changed)]
+        assert ffns == {other} and shapes[0] == shapes[1]
+        assert own.config.n_params() != changed.config.n_params()
 
 
 @pytest.mark.parametrize("n_layer, moe_every, expected",

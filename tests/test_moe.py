@@ -694,6 +694,25 @@ def test_continuous_ffn_is_k_literal_ffns(name, activation):
     assert acts.shape == (T, max(c.z.shape[1] for c in codes if c is not None), 9)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("mask", ["post", "pre"])
+@pytest.mark.parametrize("d, f, std", [(64, 256, 0.07), (256, 1024, 0.035)])
+def test_inner_matrices_keep_the_variance(activation, mask, d, f, std):
+    """Each W_i h_{i-1} starts with the spread of W_1 x; one layer is as it always was."""
+    torch.manual_seed(0)
+    bank = moe.ContinuousBank(d, f, DZ, (0.5, None, 0.25), activation, mask)
+    bank.init_weights(std, std)
+    code = moe.Codes(torch.randn(256, 2, DZ), None, None)
+    h, spreads = torch.randn(256, 1, d), []
+    for w, m in zip(bank.w_in, bank.masks([code, None, code])):
+        spreads.append((h @ w.T).std().item())
+        h = bank.gated(h @ w.T, m)
+    assert spreads[:2] == pytest.approx([std * d**0.5] * 2, rel=0.15)
+    assert 0.5 < spreads[2] / spreads[0] < 2  # tokens differ: SwiGLU's fourth moments are large
+    assert bank.w_in[0].std().item() == pytest.approx(std, rel=0.02)
+    assert h.square().mean().sqrt().item() > 0.03  # with W_1's std: 1e-5 under SwiGLU
+
+
 def test_sum_over_samples_inside_w_out_is_not_right_for_inner_layers():
     """Why depth > 1 takes no short cut: averaging its masks gives another function."""
     router = make(code_router(D, DZ, SAMPLES, (0.5, 0.5)))
