@@ -18,16 +18,10 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from support.usage import print_help, type_name
+from support.usage import fail, print_help, type_name
 
 ROOT = Path(__file__).resolve().parent
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
-
-
-def fail(message):
-    """End the program because of a user's mistake: one line on stderr, exit code 2."""
-    print("error: " + str(message).replace("\n", " "), file=sys.stderr)
-    sys.exit(2)
 
 
 @dataclass

@@ -24,10 +24,7 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
-import sys
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -44,18 +41,16 @@ from support.shards import ShardWriter, file_sha256
 from support.sources import (
     HUB,
     PYTHON_SOURCES,
-    Unreachable,
+    estimate,
     fetch,
     is_validation,
-    knock,
     list_files,
     read_batches,
 )
 from support.tokenizer import get_tokenizer
+from support.usage import one_line
 
 PART = 2**28  # bytes of local files that are done or not done together
-FIRST = 100_000_000  # training tokens that train.py begins with: one ready-made shard of FineWeb
-ENOUGH = 20_000_000  # training tokens for which packages is taken rather than stdlib
 
 
 @dataclass
@@ -311,115 +306,16 @@ def default_folder(source, spec):
     return f"data/{Path(source).resolve().name.partition('.')[0]}{tag}"
 
 
-def estimate(files, tokenizer, workers, config):
-    """--dry_run: print what the work would read, write and take."""
-    # bytes of text in one byte of FineWeb's and the Pile's files
-    unpack = {".parquet": 1.7, ".zst": 1.9, ".bin": 2.2}
-    size = sum(file.size for file in files)
-    text = sum(file.size * unpack.get(Path(file.name).suffix, 1.0) for file in files)
-    sample, begin = Path(__file__).read_text() * 20, time.perf_counter()
-    tokens = text * len(tokenizer.encode_array(sample)) / len(sample)
-    seconds = text * (time.perf_counter() - begin) / len(sample) / workers
-    share = min(1.0, (config.max_tokens or math.inf) / tokens)
-    human = lambda n: tqdm.format_sizeof(n, divisor=1000)
-    clock = tqdm.format_interval
-    print(f"{len(files)} files of {human(size)}B, about {human(tokens)} {tokenizer.name} tokens")
-    if share < 1:
-        print(f"--max_tokens={config.max_tokens} needs {share:.1%} of them")
-    if files[0].repo:
-        print(f"download  {human(size * share)}B, at 100 Mbit/s {clock(size * share / 12.5e6)}")
-    if not files[0].name.endswith(".bin"):
-        took = f"on {workers} cores {clock(seconds * share)}"
-        print(f"tokenize  {human(text * share)}B of text, {took}")
-    print(f"write     {human(2 * tokens * share)}B")
-
-
-# ---- for train.py: a folder that is missing
-
-
-def make_missing(folder: str, allowed: bool = True, say=print) -> str:
-    """`folder`, made first if it is missing and its name is a source's. -> the folder to train on
-
-    data/fineweb begins with ready-made shards. Where the hub cannot be reached, Python sources of
-    this machine take its place, in another folder, named after what it holds. FileNotFoundError
-    for other names, and for all if not allowed.
-    """
-    path = Path(folder)
-    source, _, tokenizer = path.name.partition("_")
-    try:
-        load_meta(path)
-        return folder
-    except FileNotFoundError as error:
-        known = source in folders.SOURCES and tokenizer in ("", "gpt2")
-        if not known or (path.is_dir() and any(path.iterdir())):
-            raise
-        if not allowed:
-            raise FileNotFoundError(f"{error}; {routes(path)}") from None
-    if source not in HUB:
-        return make_first(source, tokenizer or "bytes", path, say)
-    try:
-        knock()
-        return make_first("pretokenized" if source == "fineweb" else source, "gpt2", path, say)
-    except Unreachable as error:
-        reason = re.split(r" \(|: ", str(error))[0]
-        say(f"{folder} cannot be had: {reason}. Going on with Python source of this machine, "
-            "another text: its losses compare to nothing published")
-    source = "packages" if tokens_at_hand("packages") >= ENOUGH else "stdlib"
-    return make_missing(str(path.with_name(f"{source}_gpt2")), allowed, say)
-
-
-def make_first(source, spec, path, say):
-    """Up to FIRST training tokens of a source. -> the folder"""
-    what = {
-        "pretokenized": "FineWeb's first 100M GPT-2 tokens and its validation shard, 400 MB",
-        "stdlib": "the source of Python's standard library",
-        "packages": "the source of the installed packages",
-    }
-    # all of stdlib, as `prepare_data.py stdlib` makes it: the same settings are the same folder
-    limit = FIRST if source in HUB else {"packages": ENOUGH}.get(source)
-    most = f", at most {limit / 1e6:.0f}M tokens" if limit and source != "pretokenized" else ""
-    say(f"preparing {path}: {what.get(source, f'{source}, from the hub')}{most} ({spec})")
-    config = DataConfig(out_dir=str(path), tokenizer=spec, max_tokens=limit)
-    _, meta = prepare([source], config)
-    say(f"{path}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens")
-    option = "" if source in HUB else f" --tokenizer={spec}"
-    if limit:
-        say(f"all of it: python prepare_data.py {source}{option} --out_dir={path} --overwrite")
-    return str(path)
-
-
-def tokens_at_hand(source):
-    """About how many tokens of GPT-2's the files of a local source hold."""
-    try:
-        return sum(file.size for file in list_files(source, DataConfig())) / 3
-    except ValueError:  # none
-        return 0
-
-
-def routes(path):
-    """Ways to data, for who wants train.py to make none by itself."""
-    first = f"python prepare_data.py pretokenized --max_tokens={FIRST} --out_dir={path}"
-    local = "python prepare_data.py packages --tokenizer=gpt2 and --dataset=data/packages_gpt2"
-    quick = f"ready-made, 400 MB: {first}; " if path.name == "fineweb" else ""
-    alone = "train.py makes a first part by itself in one process, without --download=never"
-    return f"{quick}without a network: {local}; {alone}"
-
-
 def main():
     parsed = parse(DataConfig, words=("sources*",), doc=__doc__)
     config, sources = parsed.make(DataConfig), parsed.words["sources"]
     if not sources:
         names = ", ".join([*PYTHON_SOURCES, *HUB])
         fail(f"name a source: {names}, or the path of a file or folder (--help)")
-    try:
+    with one_line("interrupted: the same command goes on from here"):
         out_dir, meta = prepare(sources, config)
-    except (OSError, ValueError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    if meta:
-        say(out_dir, meta)
+        if meta:
+            say(out_dir, meta)
 
 
 def say(out_dir, meta):

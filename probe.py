@@ -22,15 +22,13 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import itertools
-import re
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,19 +40,16 @@ from tqdm import tqdm
 import kernels
 import losses
 import moe
-from configurator import fail, parse
+from configurator import parse
 from model import GPT, load_checkpoint
-from support import figures, files, hf, page, placement
+from support import figures, files, hf, page
 from support.checkpoint import same_tokenizer
 from support.machine import pick_device
-from support.noise import normal_noise, uniform_noise
-from support.page import hooked
 from support.results import keep_earlier, newest_finished, print_table, save_results
+from support.routers import another_choice, bank_numbers, find_layers, gates_and_ids, hooked
 from support.shards import ShardReader, load_meta
-from support.tokenizer import get_tokenizer
-
-FAMILIES = ("Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3, gpt-oss "
-            "and Granite-MoE")
+from support.tokenizer import alike, get_tokenizer
+from support.usage import one_line
 
 
 @dataclass
@@ -110,16 +105,6 @@ class ProbeConfig:
 # ---- 1. what is probed, and on what
 
 
-class Layer(NamedTuple):
-    """One layer with experts."""
-    index: int  # of its block
-    router: nn.Module  # returns Routing, a tuple of Codes, or transformers' (logits, gates, ids)
-    block: nn.Module  # router and experts together
-    experts: nn.Module  # layers that share a pool have the same object here
-    n_experts: int  # to choose from; infmoe: hidden neurons
-    top_k: int
-
-
 @dataclass
 class Subject:
     name: str
@@ -143,10 +128,8 @@ class Subject:
     @property
     def banks(self) -> list[list[int]]:
         """Places in `layers`, those that share their experts together: one list per bank."""
-        shared = defaultdict(list)
-        for k, layer in enumerate(self.layers):
-            shared[id(layer.experts)].append(k)
-        return list(shared.values())
+        numbers = bank_numbers(self.layers)
+        return [[k for k, n in enumerate(numbers) if n == bank] for bank in dict.fromkeys(numbers)]
 
 
 def load_ours(config: ProbeConfig) -> Subject:
@@ -159,10 +142,8 @@ def load_ours(config: ProbeConfig) -> Subject:
     if config.dtype != "auto":
         model.to(getattr(torch, config.dtype))
     c, tokenizer = model.config, get_tokenizer(saved["tokenizer"])
-    ffns = [(i, b.ffn) for i, b in enumerate(model.blocks) if isinstance(b.ffn, moe.MoE)]
-    n, top_k = c.n_experts or c.d_expert, c.top_k or c.infmoe_samples
-    layers = [Layer(i, ffn.router, ffn, ffn.bank or model.pool_of(k), n, top_k)
-              for k, (i, ffn) in enumerate(ffns)]
+    if c.flavour == "dense":
+        raise ValueError(f"{config.out_dir} is dense: there is no router to ask")
     dataset = config.dataset or saved["train_config"]["dataset"]
     theirs = load_meta(dataset)["tokenizer"] if Path(dataset).is_dir() else tokenizer.name
     if not same_tokenizer(theirs, tokenizer.name):
@@ -172,6 +153,7 @@ def load_ours(config: ProbeConfig) -> Subject:
     windows = read_windows(config, dataset, size, c.vocab_size, tokenizer.encode)
     kind = f", {c.n_experts} experts, top {c.top_k}" if c.n_experts else ""
     name = f"{config.out_dir} ({c.flavour}, {c.n_layer} layers{kind}, step {saved['step']})"
+    layers = find_layers(model)
     return Subject(name, model, layers, c.n_layer, c.vocab_size, windows, tokenizer, {})
 
 
@@ -189,16 +171,7 @@ def load_hf(config: ProbeConfig) -> Subject:
     model = hf.load_theirs(config.hf, **options)
     if not (config.device_map or config.load_in_4bit):
         model.to(pick_device(config.device))
-    c, layers = model.config.get_text_config(), []
-    for name, router in model.named_modules():
-        if type(router).__name__.lower().endswith("topkrouter"):
-            index = int(re.search(r"\.(\d+)\.", name)[1])
-            block = model.get_submodule(name.rpartition(".")[0])
-            experts, n = getattr(block, "experts", block), len(router.weight)
-            layers.append(Layer(index, router, block, experts, n, c.num_experts_per_tok))
-    if not layers:
-        raise ValueError(f"{config.hf}: {type(model).__name__} has no *TopKRouter module to hook, "
-                         f"as {FAMILIES} have")
+    c, layers = model.config.get_text_config(), find_layers(model)
 
     def encode(text):
         read = transformers.AutoTokenizer.from_pretrained(config.hf, trust_remote_code=False)
@@ -228,17 +201,6 @@ def read_windows(config, dataset, size, vocab_size, encode):
 # ---- 2. watching and rerouting: forward hooks, gone when the `with` ends
 
 
-def gates_and_ids(output):
-    """Gates and choices (T, K) in a discrete router's output, ours or transformers'."""
-    if isinstance(output, moe.Routing):
-        return output.weights, output.ids
-    if isinstance(output, tuple) and len(output) == 3:
-        _, gates, ids = output
-        if gates.shape == ids.shape and not ids.is_floating_point():
-            return gates, ids
-    raise ValueError(f"this router does not return (logits, gates, ids), as those of {FAMILIES} do")
-
-
 @contextlib.contextmanager
 def rerouted(subject, layers, how, seed=0, among=None, gates="learned"):
     """While it is open, `layers` choose otherwise.
@@ -259,9 +221,8 @@ def rerouted(subject, layers, how, seed=0, among=None, gates="learned"):
         if how == "skip":
             return layer.block, nothing
         chosen = among and among[layer.index]
-        stream = 64 * (1000 * seed + layer.index)  # 64: the hidden layers of a deep infmoe
         return layer.router, lambda module, args, output: another_choice(
-            layer, output, noise_seeds[how], stream, chosen, gates)
+            layer, output, noise_seeds[how], seed, chosen, gates)
 
     handle = subject.model.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -276,36 +237,6 @@ def nothing(module, args, output):
     if isinstance(output, tuple):
         return torch.zeros_like(output[0]), *output[1:]
     return torch.zeros_like(output)
-
-
-def another_choice(layer, output, noise_seeds, stream, among, gates):
-    """A router's output with K distinct experts drawn uniformly, or codes from N(0, I).
-
-    The rest is as it was. The noise is a pure function of noise_seeds (T,) and stream.
-    """
-    if any(isinstance(code, moe.Codes) for code in output):
-        return another_code(layer, output, noise_seeds, stream)
-    weights, ids = gates_and_ids(output)
-    among = torch.arange(layer.n_experts) if among is None else among
-    noise = uniform_noise(noise_seeds.to(ids.device), stream, len(among))  # (T, choices)
-    ids = among.to(ids)[noise.topk(ids.shape[1]).indices]  # (T, K)
-    if gates == "uniform":
-        weights = weights.mean(-1, keepdim=True).expand_as(weights)
-    if isinstance(output, moe.Routing):
-        return output._replace(weights=weights, ids=ids)
-    return output[0], weights, ids
-
-
-def another_code(layer, codes, noise_seeds, stream):
-    """Codes of H hidden layers with z from N(0, I): the same one for all where they share it."""
-    new = []
-    for i, code in enumerate(codes):
-        if code is not None:
-            n, own = code.z[0].numel(), 0 if layer.router.z == "shared" else i
-            noise = normal_noise(noise_seeds, stream + own, n)
-            code = code._replace(z=noise.view_as(code.z).to(code.z))
-        new.append(code)
-    return tuple(new)
 
 
 def batches(subject, config, title=None):
@@ -523,6 +454,7 @@ def print_random_router(subject, config, n_units, learned, rows, names):
 def routing(subject, config, save):
     continuous = subject.continuous
     things = "neurons" if continuous else "experts"
+    from lab.continuous import neuron_use  # lazily: it builds on this file
     rows, use, banks, facts = (neuron_use if continuous else expert_use)(subject, config)
     labels, pools = [row["layer"] for row in rows], [bank for bank in banks if len(bank) > 1]
     for bank in pools:
@@ -571,36 +503,7 @@ def expert_use(subject, config):
     return rows, use, subject.banks, {text: met / sum(map(len, pools))}
 
 
-def neuron_use(subject, config):
-    """infmoe: how often each hidden neuron is selected, widths and spread of the densities.
-
-    Returns the same as expert_use, with a row for every mask.
-    """
-    use, sums = defaultdict(float), defaultdict(float)
-
-    def see(k, x, output):
-        bank, codes = subject.layers[k].experts, thinned(output, len(x))
-        for i, (_, counts) in zip(bank.w_z, bank.usage(codes)):
-            mu = codes[int(i)].mu.float().mean(1)  # (T, dz)
-            sigma = (codes[int(i)].logvar.float() / 2).exp().mean(1)  # (T, dz)
-            use[k, i] = use[k, i] + counts.cpu().numpy()
-            sums[k, i] += torch.stack((mu, mu.square(), sigma, torch.ones_like(mu))).sum(1).cpu()
-
-    watch(subject, config, "routing", see)
-    rows, deep = [], len(use) > len(subject.layers)
-    for (k, i), counts in use.items():
-        mu, square, sigma, _ = sums[k, i] / sums[k, i][-1]  # (dz,) each
-        spread = (square - mu**2).clamp_min(0).sqrt().mean().item()
-        label = f"{subject.layers[k].index}" + (f".{i}" if deep else "")
-        rows.append({"layer": label} | use_columns(counts) | {
-            "sigma": round(sigma.mean().item(), 4), "spread of mu": round(spread, 4)})
-    places = {key: row for row, key in enumerate(use)}
-    masks = dict.fromkeys(i for _, i in use)
-    banks = [[places[k, i] for k in bank] for bank in subject.banks for i in masks]
-    return rows, list(use.values()), banks, {}
-
-
-# ---- 5. do experts differ, and do tokens keep to paths?
+# ---- 5. do experts differ?
 
 
 def overlap(subject, config, save):
@@ -636,70 +539,7 @@ def hidden_activations(layer, x, output):
                               keep_activations=True)[1]
 
 
-def pathways(subject, config, save):
-    if subject.continuous or len(subject.layers) < 2:
-        raise ValueError("it follows tokens between layers of discrete experts, and "
-                         f"{subject.name} has none or one")
-    n, (ids, _) = subject.layers[0].n_experts, record(subject, config)
-    if n < config.devices:
-        raise ValueError(f"devices={config.devices}: more than the {n} experts of a layer")
-    pairs = list(zip(ids.long(), ids[1:].long()))
-    titles = [f"layers {a.index} to {b.index}" for a, b in itertools.pairwise(subject.layers)]
-    consistent = [losses.path_consistency(a, b, n + 1).item() for a, b in pairs]
-    chance = [losses.max_share(counted(b[:, :1], n)).item() / (n + 1) for _, b in pairs]
-    print("path consistency: share of tokens whose next first choice is the usual successor of\n"
-          "this one; chance: were the layers independent")
-    table = [*zip(titles, consistent, chance), ("mean", np.mean(consistent), np.mean(chance))]
-    print_table(["", "consistency", "chance"], [[t, f"{c:.3f}", f"{r:.3f}"] for t, c, r in table])
-    numbers = {k: b for b, bank in enumerate(subject.banks) for k in bank}
-    bank = [numbers[k] for k in range(len(subject.layers))]  # of every layer
-    crossing = placement.compare(ids.numpy(), bank, n, config.devices)
-    print("hops to an expert of the next layer that change device, with experts on "
-          f"{config.devices} devices;\nthe partition is made from one half of the text, all are "
-          "judged on the other")
-    print_table(["placement", "crossing"], [[name, f"{v:.1%}"] for name, v in crossing.items()])
-    fetched = placement.accesses(ids.numpy(), bank, n)
-    hits = placement.cache_hits(fetched, len(subject.banks) * n)
-    sizes = sorted({max(1, round(len(hits) * share)) for share in (0.05, 0.1, 0.25, 0.5, 0.75, 1)})
-    print("a cache of the experts used last, decoding one token after another")
-    print_table(["experts held", "hit rate"],
-                [[f"{size} of {len(hits)}", f"{hits[size - 1]:.1%}"] for size in sizes])
-    results = {"pairs": titles, "path_consistency": consistent, "chance": chance,
-               "crossing": crossing, "cache_hit_rate": hits.tolist()}
-    counts = [placement.hops(a.numpy(), b.numpy(), n) for a, b in pairs]
-    save("pathways", results, lambda: figures.pathways(subject.name, titles, counts, hits))
-
-
-# ---- 6. infinity-MoE: more samples, or none
-
-
-def samples(subject, config, save):
-    model, size = subject.model, subject.windows.shape[1] - 1
-    if not subject.continuous or model.config.infmoe_mean:
-        raise ValueError(f"it counts the draws of infmoe's routers, and {subject.name} draws none")
-    most = 2**30 // (min(config.batch_size, len(subject.windows)) * size * model.config.d_expert)
-    if max(config.samples) > max(1, most):
-        raise ValueError(f"K={max(config.samples)} masks for each token of a batch do not fit into "
-                         f"4 GB: at most {most}, or more with a smaller --batch_size")
-    trained, base, rows = model.config.infmoe_samples, held_out(subject, config), []
-    try:
-        for k in tqdm([*config.samples, "z = mu"], desc="samples", leave=False, disable=None):
-            mean, seconds = k == "z = mu", []
-            model.set_samples(trained if mean else k, mean)
-            change = held_out(subject, config, seconds) - base
-            row = {"K": k, **summary(base, change[None, None], False)}
-            rows.append(row | {"tokens_per_second": 1 / np.median(seconds)})
-    finally:
-        model.set_samples(trained, False)
-    print(f"samples K at inference, trained with {trained}: change of the loss ± standard error "
-          "over windows; speed of scoring")
-    print_table(["K", f"nats per {subject.unit}", "change", "accuracy, %", f"{subject.unit}s/s"], [
-        [row["K"], f"{row['loss']:.4f}", changed(row, "loss", 4), f"{row['accuracy']:.2f}",
-         f"{row['tokens_per_second']:.0f}"] for row in rows])
-    save("samples", {"rows": rows}, lambda: figures.samples(subject.name, rows, subject.unit))
-
-
-# ---- 7. a page to look at
+# ---- 6. a page to look at
 
 PAGE_TOKENS = 96  # a page of them stays below 300 kB
 
@@ -710,14 +550,15 @@ def write_page(subject, config, save):
     if config.compare:
         other = dict(out_dir=config.compare, hf=None, dataset=dataset_of(config))
         subjects.append(load_ours(dataclasses.replace(config, **other)))
+    readers = [reader(s.tokenizer) for s in subjects]
+    if config.compare and (readers[0] is None or not alike(*readers)):
         names = [getattr(s.tokenizer, "name", s.tokenizer) for s in subjects]
-        if names[0] != names[1]:
-            raise ValueError(f"{subject.name} reads {names[0]} tokens, and {config.compare} "
-                             f"{names[1]}: the page compares token by token")
+        raise ValueError(f"{subject.name} reads {names[0]} tokens, and {config.compare} "
+                         f"{names[1]}: the page compares token by token")
     length = min(PAGE_TOKENS, *(s.windows.shape[1] - 1 for s in subjects))
     tokens = subject.windows[0][:length + 1]
-    models = [page.collect(s.model, reader(s.tokenizer), tokens, s.name, **s.options)
-              for s in subjects]
+    models = [page.collect(s.model, r, tokens, s.name, **s.options)
+              for s, r in zip(subjects, readers)]
     folder = folder_of(config)
     kept = keep_earlier(folder, "page")
     page.write_page(folder / "page.html", models)
@@ -736,12 +577,12 @@ def reader(tokenizer):
     if not isinstance(tokenizer, str):
         return tokenizer
     try:
-        return hf.need_transformers().AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError):  # none there: tokens are shown as numbers
+        return get_tokenizer(f"hf:{tokenizer}")
+    except ValueError:  # none there: tokens are shown as numbers
         return None
 
 
-# ---- 8. the command line
+# ---- 7. the command line
 
 
 def find_model(config):
@@ -787,14 +628,14 @@ def probe(config: ProbeConfig) -> int:
         config.out_dir = config.out_dir or find_model(config)
     with files.lock(folder_of(config), "save_dir"):
         subject = load_hf(config) if config.hf else load_ours(config)
-        if not subject.layers:
-            raise ValueError(f"{subject.name} is dense: there is no router to ask")
         n, windows = subject.windows[:, 1:].size, len(subject.windows)
         print(f"{subject.name}\n{n:,} held-out tokens in {windows} windows\n")
         return run_probes(subject, config)
 
 
 def run_probes(subject, config):
+    from lab.continuous import samples  # lazily: they build on this file
+    from lab.pathways import pathways
     save, failed = saver(subject, config), 0
     asked = {random_router: config.random_router_from is not None, routing: config.routing,
              overlap: config.overlap, pathways: config.pathways, samples: config.samples,
@@ -812,13 +653,8 @@ def run_probes(subject, config):
 
 def main():
     config = parse(ProbeConfig, doc=__doc__).make(ProbeConfig)
-    try:
+    with one_line("stopped by Ctrl-C: what is written is whole"):
         sys.exit(2 if probe(config) else 0)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C: what is written is whole", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

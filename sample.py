@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 
-from configurator import fail, parse
+from configurator import parse
 from model import GPT, load_checkpoint
 from support.checkpoint import newest_run
 from support.machine import pick_device
 from support.tokenizer import get_tokenizer
+from support.usage import one_line
 
 
 @dataclass
@@ -111,7 +112,7 @@ def stream(model, tokenizer, ids, config, generator) -> int:
 
 def main():
     config = parse(SampleConfig, doc=__doc__).make(SampleConfig)
-    try:
+    with one_line():
         model, tokenizer = load(config)
         ids = read_prompt(config, tokenizer, model.config.block_size)
         generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
@@ -120,15 +121,6 @@ def main():
             if i:
                 print("-" * 80)
             count += stream(model, tokenizer, ids, config, generator)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
-        fail(f"out of memory: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
     speed = count / (time.perf_counter() - began)
     print(f"[{count} tokens, {speed:.0f} tokens/s]", file=sys.stderr)
 

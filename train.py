@@ -27,7 +27,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,14 +36,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-import kernels
-from configurator import fail, parse
+from configurator import parse
 from model import GPT, ModelConfig
 from support import budget, checkpoint, cpu, experts_over_ranks, files, folder, machine, upcycle
 from support.report import describe, draw_loss, log_row, open_trackers, progress, summary, tell
 from support.shards import ShardReader, load_meta
+from support.usage import one_line
 
 
 @dataclass
@@ -132,7 +131,6 @@ class Trainer:
         device = ranks.device
         self.compiled, self.compile_reason = machine.pick_compile(config, device, self.n_active)
         self.dtype, self.dtype_reason = machine.pick_dtype(config, device, self.compiled)
-        self.backend = backend_of(self)
         self.model = make_model(self, start)
         self.forward, self.ddp = self.model, None
         if self.compiled and config.shard in ("fsdp", "ep"):
@@ -200,19 +198,6 @@ def make_model(trainer, start):
     if trainer.config.shard in ("fsdp", "ep"):
         machine.shard_model(model, trainer.ranks, trainer.dtype, trainer.config.shard)
     return model.to(trainer.ranks.device)
-
-
-def backend_of(trainer):
-    """Which matmul implementation the experts get, in words; None where there are none."""
-    m, device = trainer.model_config, trainer.ranks.device
-    if m.flavour == "dense":
-        return None
-    if m.backend != "auto":
-        return f"{m.backend} (as asked)"
-    name, reason = kernels.choose_backend(torch.empty(0, dtype=trainer.dtype, device=device))
-    if m.flavour == "infmoe" and name == "grouped":
-        name = "torch"  # one FFN, nothing to group
-    return f"{name} ({reason})"
 
 
 def make_optimizer(trainer):
@@ -317,18 +302,13 @@ def validate(trainer, eval_tokens):
 
 # ---- the loop
 
-def load_start(config):
-    """What a run starts from: None, or a dictionary like a checkpoint's."""
-    return folder.load_start(config, ModelConfig, GPT)
-
-
 def train(model_config, config, start=None):
     """Train as configured; leave checkpoint, log and picture in config.out_dir.
 
-    start: what load_start returns, where the caller has it already (it is emptied). -> {"step",
-    "finished", "signal", "val_loss", ...}: the last row of the log, and how it ended. Raises
-    ValueError for a setting, a shard or a checkpoint that does not fit, OSError for a full disk, a
-    folder in use or a lost rank, FloatingPointError for a loss that is not finite.
+    start: what folder.load_start returns, where the caller has it already (it is emptied).
+    -> {"step", "finished", "signal", "val_loss", ...}: the last row of the log, and how it ended.
+    Raises ValueError for a setting, a shard or a checkpoint that does not fit, OSError for a full
+    disk, a folder in use or a lost rank, FloatingPointError for a loss that is not finite.
     """
     with contextlib.ExitStack() as stack:
         # Signals before the ranks: torchrun sends SIGTERM while a lost one is looked for.
@@ -337,9 +317,9 @@ def train(model_config, config, start=None):
         machine.keep_memory()
         here = [ranks.device.index] if ranks.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(here))
-        say = functools.partial(say_line, ranks.rank == 0 and not config.quiet)
+        say = functools.partial(folder.say_line, ranks.rank == 0 and not config.quiet)
         # What it starts from, and whether that is allowed.
-        start = start or load_start(config)
+        start = start or folder.load_start(config, ModelConfig, GPT)
         folder.check_start(model_config, config, start)
         resume = config.init_from == "resume"
         first, before = (start["step"], start["seconds"]) if resume else (0, 0.0)
@@ -379,12 +359,6 @@ def allow_compiling(trainer, stack):
     stack.callback(cpu.allow_compile, False)
     if trainer.compiled:
         stack.callback(torch.compiler.reset)  # the next run in this process compiles its own model
-
-
-def say_line(aloud, text):
-    if aloud:
-        tqdm.write(text)  # above the progress bar
-        sys.stdout.flush()
 
 
 def loop(trainer, first, before, stop, ready, trackers, bar, say):
@@ -440,80 +414,17 @@ def due(step, every, config):
 
 # ---- the command line
 
-def settings(parsed):
-    """The command line -> ModelConfig, TrainConfig, and what load_start found.
-
-    A resumed run keeps the settings it was saved with, a run from other weights their model; what
-    is given comes first.
-    """
-    config, given = parsed.make(TrainConfig), parsed.given
-    if Path(config.dataset).is_file():
-        raise ValueError(f"dataset={config.dataset} is a file: python prepare_data.py "
-                         f"{config.dataset} makes a folder of shards from it, to name here")
-    budget.check_size(given)
-    start = load_start(config)
-    if config.init_from == "resume":
-        names = {f.name for f in fields(ModelConfig)}
-        mine = {name: value for name, value in given.items() if name not in names}
-        config = folder.resumed(start, mine, config)
-    if not config.plan:
-        config = with_data(config)
-    if start is None:
-        with contextlib.suppress(FileNotFoundError) if config.plan else contextlib.nullcontext():
-            given.setdefault("vocab_size", load_meta(config.dataset)["vocab_size"])
-        model_config = parsed.make(ModelConfig)
-    else:
-        names = {f.name for f in fields(ModelConfig)}
-        changed, theirs = {k: v for k, v in given.items() if k in names}, start["model_config"]
-        if theirs["flavour"] == "dense" != changed.get("flavour", "dense"):
-            theirs = upcycle.backbone(theirs)
-        model_config = ModelConfig(**(theirs | changed))
-    budget.check_size(asdict(model_config))
-    return model_config, config, start
-
-
-def with_data(config):
-    """The configuration, with its dataset made first where it is missing. Several ranks would all
-    make it at once: they are told the command instead."""
-    from prepare_data import make_missing  # a run that has its data needs nothing of it
-    allowed = config.download == "auto" and os.environ.get("WORLD_SIZE", "1") == "1"
-    say = functools.partial(say_line, not config.quiet)
-    return replace(config, dataset=make_missing(config.dataset, allowed, say))
-
-
 def main():
     parsed = parse(ModelConfig, TrainConfig, words=("config",), doc=__doc__)
     cpu.prepare_process()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        model_config, config, start = settings(parsed)
-        if config.plan:
-            if rank == 0:
-                device = machine.pick_device(config.device)
-                print(budget.plan(on_meta(model_config), config, device))
-            return
-        result = train(model_config, config, start)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        problem = out_of_memory(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        problem = error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            problem = out_of_memory(error)
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            problem = f"torch.compile failed, --compile=false does without: {error}".splitlines()[0]
-        else:
-            raise
-    else:
-        sys.exit(0 if result["finished"] else 128 + result["signal"])
-    fail(f"rank {rank}: {problem}" if size > 1 else problem)
-
-
-def out_of_memory(error):
-    reason = (str(error).splitlines() or ["no memory left"])[0]
-    return f"out of memory; lower --micro_batch, or try --recompute (--plan estimates): {reason}"
+    with one_line(memory="lower --micro_batch, or try --recompute (--plan estimates)"):
+        model_config, config, start = folder.settings(parsed, ModelConfig, TrainConfig, GPT)
+        if not config.plan:
+            result = train(model_config, config, start)
+            sys.exit(0 if result["finished"] else 128 + result["signal"])
+        if int(os.environ.get("RANK", 0)) == 0:
+            device = machine.pick_device(config.device)
+            print(budget.plan(on_meta(model_config), config, device))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -26,12 +25,13 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from configurator import fail, nearest, parse
+from configurator import nearest, parse
 from model import GPT, KVCache, load_checkpoint
 from support.checkpoint import newest_run
 from support.files import write_atomically
 from support.machine import pick_device
 from support.tokenizer import get_tokenizer
+from support.usage import one_line
 
 FIVE = "arc_easy,arc_challenge,piqa,hellaswag,winogrande"
 PRESETS = {  # what stands for tasks: their names, and the metric that is averaged
@@ -280,7 +280,7 @@ def open_model(config):
 
 def main():
     config = parse(EvalConfig, doc=__doc__).make(EvalConfig)
-    try:
+    with one_line():
         lm, folder = open_model(config)
         folder = Path(config.save_dir or folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -288,10 +288,6 @@ def main():
         record = {"settings": dataclasses.asdict(config), "results": results}
         text = json.dumps(record, indent=1)
         write_atomically(folder / "evaluate.json", lambda f: f.write(text.encode()))
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     print_results(results, config.tasks, config.limit)
     print(f"wrote {folder / 'evaluate.json'}")
 

@@ -92,14 +92,20 @@ def use(model, labels, use, banks, things, none):
 
 
 def pathways(model, titles, counts, hits):
-    """Transition matrices of up to three pairs of layers, and the hit rate of a cache."""
+    """Transition matrices of up to three pairs of layers, experts grouped by where they lead, and
+    the hit rate of a cache."""
     shown = np.unique(np.linspace(0, len(counts) - 1, min(3, len(counts))).astype(int))
     figure, axes = canvas(model, "Where tokens go from layer to layer, and what a cache would hold",
                           1, len(shown) + 1, (2.4 * len(shown) + 3.2, 3.2))
     chances = [counts[k] / np.maximum(counts[k].sum(-1, keepdims=True), 1) for k in shown]
     for axis, k, chance in zip(axes, shown, chances):
-        image = axis.imshow(chance, cmap=SHADES, vmin=0, vmax=max(map(np.max, chances)))
+        rows, columns = grouped(counts[k])
+        image = axis.imshow(chance[rows][:, columns], cmap=SHADES, vmin=0,
+                            vmax=max(map(np.max, chances)))
         axis.set(xlabel="next expert", ylabel="expert" if k == shown[0] else "")
+        step = -(-len(rows) // 16)  # of the numbers that are legible
+        axis.set_xticks(range(0, len(columns), step), columns[::step], fontsize=5, rotation=90)
+        axis.set_yticks(range(0, len(rows), step), rows[::step], fontsize=5)
         axis.set_title(titles[k], fontsize=8)
     figure.colorbar(image, ax=axes[:-1].tolist(), label="share of the row's tokens", pad=0.01)
     axis = axes[-1]
@@ -109,6 +115,14 @@ def pathways(model, titles, counts, hits):
              xlim=(0, len(hits)))
     axis.legend(frameon=False, fontsize=8)
     return figure
+
+
+def grouped(counts):
+    """Orders of rows and columns that put next to each other what goes to the same experts:
+    spectral co-clustering (Dhillon 2001)."""
+    rows, columns = (counts.sum(i, keepdims=True).clip(1e-9) ** -0.5 for i in (1, 0))
+    left, _, right = np.linalg.svd(rows * counts * columns)
+    return (left[:, 1] * rows[:, 0]).argsort(), (right[1] * columns[0]).argsort()
 
 
 def overlap(model, labels, values):

@@ -1,21 +1,71 @@
 """What a training run starts from, and what it leaves in its folder."""
 
 import contextlib
+import functools
 import json
 import math
+import os
+import sys
 import typing
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from support import checkpoint, machine
+from support import budget, checkpoint, machine, upcycle
 from support.files import keep_previous, write_atomically
 from support.report import NOT_KEPT, trim_log
 from support.shards import load_meta
-from support.tokenizer import get_tokenizer
+from support.tokenizer import alike, get_tokenizer
 
 PREVIOUS = "ckpt.prev.pt"  # the checkpoint before the last one
+
+
+def settings(parsed, ModelConfig, TrainConfig, GPT):
+    """The command line -> ModelConfig, TrainConfig, and what load_start found.
+
+    A resumed run keeps the settings it was saved with, a run from other weights their model; what
+    is given comes first.
+    """
+    config, given = parsed.make(TrainConfig), parsed.given
+    mine = {k: v for k, v in given.items() if k in {f.name for f in fields(ModelConfig)}}
+    if Path(config.dataset).is_file():
+        raise ValueError(f"dataset={config.dataset} is a file: python prepare_data.py "
+                         f"{config.dataset} makes a folder of shards from it, to name here")
+    budget.check_size(given)
+    start = load_start(config, ModelConfig, GPT)
+    if config.init_from == "resume":
+        others = {name: value for name, value in given.items() if name not in mine}
+        config = resumed(start, others, config)
+    if not config.plan:
+        config = with_data(config)
+    if start is None:
+        with contextlib.suppress(FileNotFoundError) if config.plan else contextlib.nullcontext():
+            given.setdefault("vocab_size", load_meta(config.dataset)["vocab_size"])
+        model_config = parsed.make(ModelConfig)
+    else:
+        theirs = start["model_config"]
+        if theirs["flavour"] == "dense" != mine.get("flavour", "dense"):
+            theirs = upcycle.backbone(theirs)
+        model_config = ModelConfig(**(theirs | mine))
+    budget.check_size(asdict(model_config))
+    return model_config, config, start
+
+
+def with_data(config):
+    """The configuration, with its dataset made first where it is missing. Several ranks would all
+    make it at once: they are told the command instead."""
+    from support.missing import make_missing  # a run that has its data needs nothing of it
+    allowed = config.download == "auto" and os.environ.get("WORLD_SIZE", "1") == "1"
+    say = functools.partial(say_line, not config.quiet)
+    return replace(config, dataset=make_missing(config.dataset, allowed, say))
+
+
+def say_line(aloud, text):
+    if aloud:
+        tqdm.write(text)  # above the progress bar
+        sys.stdout.flush()
 
 
 def load_start(config, config_class, model_class):
@@ -110,13 +160,10 @@ def check_tokenizer(config, meta, start):
 def same_as_hugging_face(name, meta, n_ids):
     """Whether both tokenizers read a text alike; for a model that came without one, whether its
     number of ids is the shards', which may be padded to a multiple of 128."""
-    from transformers import AutoTokenizer
-    text = "def f(x):\n    return 'naïve' * x  # twice"
-    with contextlib.suppress(Exception):  # no tokenizer there, or none that loads: of many types
-        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if len(theirs) > 255:  # else an empty one, made for a folder that holds none
-            ids = theirs.encode(text, add_special_tokens=False)
-            return ids == get_tokenizer(meta["tokenizer"]).encode(text)
+    with contextlib.suppress(ValueError):  # no tokenizer there
+        theirs = get_tokenizer(f"hf:{name}")
+        if theirs.vocab_size > 255:  # else an empty one, made for a folder that holds none
+            return alike(theirs, get_tokenizer(meta["tokenizer"]))
     return n_ids <= max(math.ceil(meta["vocab_size"] / 128) * 128, 1.02 * meta["vocab_size"])
 
 

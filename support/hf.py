@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 
 from model import GPT, ModelConfig
-from support.tokenizer import get_tokenizer
+from support.tokenizer import HubTokenizer
 
 MOE_FAMILIES = {"none": "mixtral", "full": "olmoe", "head": "qwen3_moe"}  # by qk_norm
-SPECIMEN = "def naïve(x):\n    return x ** 2  # 1,234.5\n\n\tIt's “Straße”, 東京; we'll see… 😀\n"
 
 # Settings: ours, theirs.
 SETTINGS = {
@@ -178,27 +177,6 @@ def require_finite(model, name):
                          "them: use an earlier checkpoint")
 
 
-def tokenizer_of(name: str, spec: str) -> str:
-    """Which tokens the model `name` (on the hub, or a folder) reads.
-
-    `spec` itself ("bytes", "gpt2", a .tiktoken file) where its tokenizer encodes text as that one
-    does, else a description of its own. A folder without a tokenizer is taken to read `spec` if its
-    vocabulary has that size, or is padded from it by less than 1,024.
-    """
-    transformers, ours = need_transformers(), get_tokenizer(spec)
-    try:
-        theirs = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if len(theirs) > 2:  # without files some classes come up with special tokens alone
-            same = theirs.encode(SPECIMEN, add_special_tokens=False) == ours.encode(SPECIMEN)
-            return spec if same else f"{name}'s own ({type(theirs).__name__}, {len(theirs)} ids)"
-    except Exception:  # no tokenizer there: a type of error for each way to find none
-        pass
-    with readable(name):
-        theirs = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    size = theirs.get_text_config().vocab_size
-    return spec if 0 <= size - ours.vocab_size < 1024 else f"{name}'s own ({size} ids)"
-
-
 def read_config(c, name):
     """Their config -> ModelConfig."""
     if c.model_type not in FAMILIES:
@@ -306,7 +284,12 @@ def obstacles(c):
 
 
 def export_tokenizer(transformers, tokenizer, block_size):
-    """A tiktoken encoding as one of transformers': the same vocabulary, its ranks as merges."""
+    """A tokenizer of ours as one of transformers': a tiktoken encoding's ranks become merges."""
+    if isinstance(tokenizer, HubTokenizer):
+        end = tokenizer.encoding.id_to_token(tokenizer.eot)
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.encoding, bos_token=end, eos_token=end,
+            model_max_length=block_size)
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     encoding, letters = tokenizer.encoding, bytes_to_unicode()  # a printable letter for each byte

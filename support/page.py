@@ -30,59 +30,26 @@ mean over pairs of samples.
 Letters: L layers with experts, n tokens, K experts (or samples) of one token.
 """
 import base64
-import contextlib
 import json
-import os
-import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.noise import normal_noise, uniform_noise
+from support.files import write_atomically
+from support.routers import (
+    another_choice,
+    bank_numbers,
+    find_layers,
+    gates_and_ids,
+    hooked,
+    is_codes,
+)
 
 NEAR = 6  # neighbours on each side that a token's masks are compared with
 MODEL_BYTES = 130_000  # of one infmoe model: two fit into a page of 300 kB
-
-
-class Layer(NamedTuple):
-    """One layer with experts."""
-    index: int  # of its block
-    router: nn.Module  # returns Routing, a tuple of Codes, or transformers' (logits, gates, ids)
-    experts: nn.Module  # layers that share a pool have the same object here
-
-
-def find_layers(model: nn.Module) -> list[Layer]:
-    """The layers with experts of our GPT, or of a model of transformers' with *TopKRouter modules.
-
-    ValueError if there are none.
-    """
-    if hasattr(model, "expert_layers"):
-        pairs = zip(model.config.moe_layers(), model.expert_layers())
-        layers = [Layer(i, layer.router, bank) for i, (layer, bank) in pairs]
-    else:
-        found = [(name, module) for name, module in model.named_modules()
-                 if type(module).__name__.lower().endswith("topkrouter")]
-        layers = [Layer(int(re.search(r"\.(\d+)\.", name)[1]), router,
-                        model.get_submodule(name.rpartition(".")[0])) for name, router in found]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no router: the page shows who works on a "
-                         "token, and in a dense model everybody does")
-    return layers
-
-
-@contextlib.contextmanager
-def hooked(hooks):
-    """hooks: pairs of a module and a forward hook; gone when the `with` ends."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,8 +60,8 @@ def hooked(hooks):
 def collect(model: nn.Module, tokenizer, tokens, name: str, **options) -> dict:
     """Watch one forward pass over tokens (n + 1,) -> the dictionary of this module's docstring.
 
-    tokenizer: ours, one of transformers', or None: tokens are shown as numbers. options: further
-    arguments of the forward pass. The model is in evaluation mode meanwhile, and left as it was.
+    tokenizer: ours, or None: tokens are shown as numbers. options: further arguments of the
+    forward pass. The model is in evaluation mode meanwhile, and left as it was.
     """
     layers, training = find_layers(model), model.training
     if not isinstance(tokens, torch.Tensor):
@@ -110,14 +77,13 @@ def collect(model: nn.Module, tokenizer, tokens, name: str, **options) -> dict:
     finally:
         model.train(training)
     *texts, following = spell(tokenizer, tokens.tolist())
-    banks = list(dict.fromkeys(id(layer.experts) for layer in layers))
     page = {"name": name, "tokens": texts, "next": following,
             "layers": [layer.index for layer in layers],
-            "banks": [banks.index(id(layer.experts)) for layer in layers],
+            "banks": bank_numbers(layers),
             "loss": loss, "random": random}
     if is_codes(outputs[0]):
         return page | neurons(layers, outputs)
-    return page | experts(outputs)
+    return page | experts(layers[0].n_experts, outputs)
 
 
 def watch(model, layers, tokens, options):
@@ -143,56 +109,21 @@ def losses_with(model, tokens, options, hooks):
     return [round(value, 3) for value in losses.tolist()]
 
 
-def is_codes(output):
-    """Did a router of infinity-MoE return this? Codes of hidden layers, None for a dense one."""
-    return not hasattr(output, "ids") and any(hasattr(code, "logvar") for code in output)
-
-
-def gates_and_ids(output):
-    """Gates (n, K), choices (n, K) and the number of experts; of ours or of transformers'."""
-    if hasattr(output, "ids"):
-        return output.weights, output.ids, output.scores.shape[-1]
-    alike = isinstance(output, tuple) and len(output) == 3 and output[1].shape == output[2].shape
-    if not alike or output[2].is_floating_point():
-        raise ValueError("this router does not return (logits, gates, ids)")
-    return output[1], output[2], output[0].shape[-1]
-
-
 def random_choice(layer):
-    """A hook that replaces the router's choice: K distinct experts, drawn uniformly, with the
-    gates as learned; or codes from N(0, I). A pure function of layer and position, no generator."""
-    stream = 64 * layer.index  # 64: hidden layers of a deep infmoe; as in probe.py with seed 0
-
-    def draw_codes(output):
-        codes = []
-        for i, code in enumerate(output):
-            if code is not None:
-                mine = stream + (0 if layer.router.z == "shared" else i)
-                positions = torch.arange(len(code.z), device=code.z.device)
-                z = normal_noise(positions, mine, code.z[0].numel()).view_as(code.z)
-                code = code._replace(z=z.to(code.z))
-            codes.append(code)
-        return tuple(codes)
-
+    """A hook that makes a router choose at random, as probe.py does with seed 0."""
     def hook(module, args, output):
-        if is_codes(output):
-            return draw_codes(output)
-        gates, ids, n_experts = gates_and_ids(output)
-        positions = torch.arange(len(ids), device=ids.device)
-        noise = uniform_noise(positions, stream, n_experts)  # (n, E)
-        drawn = noise.topk(ids.shape[1]).indices.to(ids.dtype)  # (n, K)
-        if hasattr(output, "ids"):
-            return output._replace(ids=drawn)
-        return output[0], gates, drawn
+        some = next(code.z for code in output if code is not None) if is_codes(output) else (
+            gates_and_ids(output)[1])
+        return another_choice(layer, output, torch.arange(len(some), device=some.device))
 
     return hook
 
 
-def experts(outputs):
+def experts(n_experts, outputs):
     """The part of the dictionary that discrete experts have."""
-    page = {"experts": None, "ids": [], "gates": []}
+    page = {"experts": n_experts, "ids": [], "gates": []}
     for output in outputs:
-        gates, ids, page["experts"] = gates_and_ids(output)
+        gates, ids = gates_and_ids(output)
         thousandths = (1000 * gates.float()).round().clamp_min(1)  # tiny is not zero
         thousandths = thousandths.masked_fill(gates == 0, 0)
         page["gates"].append(thousandths.int().tolist())
@@ -257,19 +188,8 @@ def spell(tokenizer, ids):
     """The text of every token; bytes that are no character by themselves as \\xNN."""
     if tokenizer is None:
         return [f"#{i}" for i in ids]
-    if hasattr(tokenizer, "decode_bytes"):
-        spelled = [tokenizer.decode_bytes([i]) for i in ids]
-        return [text.decode("utf-8", errors="backslashreplace") for text in spelled]
-    # by what a token adds to the text before it: SentencePiece drops the space of a lone token
-    texts = [tokenizer.decode(ids[:i], clean_up_tokenization_spaces=False)
-             for i in range(len(ids) + 1)]
-    return [after[common_prefix(before, after):] for before, after in zip(texts, texts[1:])]
-
-
-def common_prefix(a, b):
-    """The number of characters that two texts begin with alike."""
-    differ = (i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-    return next(differ, min(len(a), len(b)))
+    spelled = [tokenizer.decode_bytes([i]) for i in ids]
+    return [text.decode("utf-8", errors="backslashreplace") for text in spelled]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,8 +208,6 @@ def write_page(path, models: list[dict]) -> None:
     # inside a script tag only "<" can end it or open a comment
     data = json.dumps(models, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    path = Path(path)
+    path, text = Path(path), template.replace("THE_DATA", data).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(template.replace("THE_DATA", data), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, lambda f: f.write(text))

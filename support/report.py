@@ -41,8 +41,8 @@ def describe(trainer, start):
     if trainer.compiled:
         rows["compile"] = (f"yes ({trainer.compile_reason}): in the first step, and again in the "
                            "first validation; half a minute each, longer for deep models")
-    if trainer.backend:
-        rows["experts"] = trainer.backend
+    if m.flavour != "dense":
+        rows["experts"] = backend_of(trainer)
     if trainer.memory_note:
         rows["memory"] = trainer.memory_note
     done = start["step"] if c.init_from == "resume" else 0
@@ -59,6 +59,18 @@ def describe(trainer, start):
             if any(name.endswith("ffn.w_in.bias") for name in start["model"]):
                 rows["start"] += ", their biases left out"
     return table(**rows)
+
+
+def backend_of(trainer):
+    """Which matmul implementation the experts get, in words."""
+    m, device = trainer.model_config, trainer.ranks.device
+    if m.backend != "auto":
+        return f"{m.backend} (as asked)"
+    from kernels import choose_backend  # lazily: it stands above this file
+    name, reason = choose_backend(torch.empty(0, dtype=trainer.dtype, device=device))
+    if m.flavour == "infmoe" and name == "grouped":
+        name = "torch"  # one FFN, nothing to group
+    return f"{name} ({reason})"
 
 
 def changes(saved, config):

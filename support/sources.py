@@ -7,13 +7,17 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import random
 import re
 import sysconfig
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from support.shards import file_sha256
 
@@ -42,7 +46,7 @@ class File(NamedTuple):
     repo: str = ""  # dataset on the hub; empty for a local file
 
 
-def list_files(source, config) -> list[File]:
+def list_files(source, config=None) -> list[File]:
     """The files of a source, in the order of their documents."""
     if source in HUB:
         return list_hub(source, config)
@@ -248,3 +252,29 @@ def is_validation(text, fraction):
     """By a hash of the text: the same on every machine, in every order, for every copy of it."""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+# ---- how much there is
+
+
+def estimate(files, tokenizer, workers, config):
+    """--dry_run: print what the work would read, write and take."""
+    # bytes of text in one byte of FineWeb's and the Pile's files
+    unpack = {".parquet": 1.7, ".zst": 1.9, ".bin": 2.2}
+    size = sum(file.size for file in files)
+    text = sum(file.size * unpack.get(Path(file.name).suffix, 1.0) for file in files)
+    sample, begin = Path(__file__).read_text() * 20, time.perf_counter()
+    tokens = text * len(tokenizer.encode_array(sample)) / len(sample)
+    seconds = text * (time.perf_counter() - begin) / len(sample) / workers
+    share = min(1.0, (config.max_tokens or math.inf) / tokens)
+    human = lambda n: tqdm.format_sizeof(n, divisor=1000)
+    clock = tqdm.format_interval
+    print(f"{len(files)} files of {human(size)}B, about {human(tokens)} {tokenizer.name} tokens")
+    if share < 1:
+        print(f"--max_tokens={config.max_tokens} needs {share:.1%} of them")
+    if files[0].repo:
+        print(f"download  {human(size * share)}B, at 100 Mbit/s {clock(size * share / 12.5e6)}")
+    if not files[0].name.endswith(".bin"):
+        took = f"on {workers} cores {clock(seconds * share)}"
+        print(f"tokenize  {human(text * share)}B of text, {took}")
+    print(f"write     {human(2 * tokens * share)}B")

@@ -14,6 +14,7 @@ GPT2 = Path(__file__).with_name("gpt2_vocabulary.xz")  # its tokens by rank, a b
 # how GPT-2 splits text
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # names of the end of text
+SPECIMEN = "def naïve(x):\n    return x ** 2  # 1,234.5\n\n\tIt's “Straße”, 東京; we'll see… 😀\n"
 RUN = 100_000  # characters of whitespace; tiktoken gives up on some 500,000 of them in a row
 
 
@@ -102,6 +103,11 @@ def printable_bytes():
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def alike(one, other):
+    """Whether two tokenizers read a text, with something for all of their rules, alike."""
+    return one.encode(SPECIMEN) == other.encode(SPECIMEN)
 
 
 def cut_whitespace(text):

@@ -1,5 +1,7 @@
-"""What --help prints: the usage, and every option with its type, default and comment."""
+"""What a program says to its user: --help, and every mistake in one line."""
+import contextlib
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -55,3 +57,33 @@ def field_comments(schema):
         for name, comment in re.findall(r"^ +(\w+): .*?  # (.*(?:\n +#.*)*)", source, re.M):
             comments[name] = re.sub(r"\s*\n +#", "", comment)
     return comments
+
+
+def fail(message):
+    """End the program because of a user's mistake: one line on stderr, exit code 2."""
+    print("error: " + str(message).replace("\n", " "), file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def one_line(stopped="stopped by Ctrl-C", memory="a smaller model or batch fits"):
+    """Around a program: what a user, a disk or a small machine did wrong is one line on stderr and
+    exit code 2, Ctrl-C is 130. Any other error is ours, with its traceback.
+
+    stopped, memory: what to say after Ctrl-C, and of a way out where memory ends.
+    """
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        fail(f"{rank}{error}")
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["no memory left"])[0]
+        if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", reason):
+            fail(f"{rank}out of memory; {memory}: {reason}")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail(f"{rank}torch.compile failed, --compile=false does without: {reason}")
+        raise

@@ -1,12 +1,12 @@
 """python model.py: what a configuration weighs, and the way of a checkpoint to transformers."""
 import os
-import sys
 from dataclasses import dataclass
 
 import torch
 
 from support import budget, hf, rules
 from support.tokenizer import get_tokenizer
+from support.usage import one_line
 
 
 @dataclass
@@ -15,12 +15,12 @@ class ExportConfig:
 
 
 def main(doc):
-    from configurator import fail, parse
+    from configurator import parse
     from model import GPT, ModelConfig, load_checkpoint
     from train import TrainConfig  # config files have its keys, too
     parsed = parse(ModelConfig, TrainConfig, ExportConfig, words=("config",), doc=doc)
     folder, target = parsed.given.get("out_dir"), parsed.make(ExportConfig).export
-    try:
+    with one_line():
         budget.check_size(parsed.given)
         rules.check([(target != "", "--export is empty: name a folder to write")])
         if parsed.words["config"] or not folder:
@@ -35,8 +35,3 @@ def main(doc):
         if target:
             hf.export(GPT.from_checkpoint(folder), target, get_tokenizer(saved["tokenizer"]))
             print(f'wrote {target}: AutoModelForCausalLM.from_pretrained("{target}")')
-    except (OSError, ValueError, ImportError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)

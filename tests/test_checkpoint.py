@@ -18,7 +18,7 @@ import torch
 from train_helpers import assert_refused, command_line, configs, make_data, tiny_run  # noqa: F401
 
 import train
-from model import load_checkpoint
+from model import GPT, ModelConfig, load_checkpoint
 from support import checkpoint, files
 
 
@@ -168,7 +168,7 @@ def fuzz(folder, trials, seed):
         else:
             torch.save(mutate(saved, rng.choice(ways), rng.choice(WRONG)), out / "ckpt.pt")
         try:
-            kept = train.load_start(config)["train_config"]
+            kept = train.folder.load_start(config, ModelConfig, GPT)["train_config"]
             train.folder.resumed({"train_config": kept}, {}, config)
             train.train(model_config, config)
         except ValueError as error:

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from data_helpers import ROOT, HubServer
+from probe_helpers import hf_model, saved
 from train_helpers import configs, make_data, read_rows, train_command
 
-import prepare_data
 import train
 from model import ModelConfig
-from support import budget
+from support import budget, hf, missing
 from support.shards import write_shard
+from support.tokenizer import get_tokenizer
 
 # a hub that refuses at once
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -76,8 +77,8 @@ def test_with_a_hub_it_takes_one_shard_of_each_split(tmp_path, monkeypatch):
     for name in ("val_000000", "train_000001", "train_000002"):
         write_shard(tmp_path / "x.bin", [15496, 995] * 300)
         files[f"fineweb_{name}.bin"] = (tmp_path / "x.bin").read_bytes()
-    program = ("import prepare_data, sys; prepare_data.FIRST = 600; "
-               "print(prepare_data.make_missing('data/fineweb'))")
+    program = ("from support import missing; missing.FIRST = 600; "
+               "print(missing.make_missing('data/fineweb'))")
     with HubServer(files) as hub:
         env = os.environ | hub.env | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env,
@@ -104,7 +105,7 @@ def test_names_that_are_no_source_and_folders_with_something_in_them(tmp_path, m
     Path("data/stdlib/notes.txt").write_text("mine")
     for name in ("data/mine", "data/stdlib", "data/stdlib_mine"):
         with pytest.raises(FileNotFoundError, match=r"python prepare_data\.py"):
-            prepare_data.make_missing(name)
+            missing.make_missing(name)
     assert [p.name for p in Path("data").rglob("*")] == ["stdlib", "notes.txt"]
 
 
@@ -205,6 +206,23 @@ def test_the_page_of_one_model_and_of_two(runs):
         html = Path("out/pool/page.html").read_text()
         assert html.count('"banks":') == n and "out/pool (unipool" in html
     assert Path("out/pool/page-1.html").exists() and "out/bank (topk" in html
+    # the text of a model of transformers, by its own tokenizer; another one's cannot be compared
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizer = hf.export_tokenizer(transformers, get_tokenizer("bytes"), 32)
+    saved(hf_model("mixtral"), "theirs")
+    Path("notes.txt").write_text("<b>def f(x)\n" * 20)
+    words = ["probe.py", "--hf=theirs", "--page", "--dataset=notes.txt", "--block_size=16", *PROBE]
+    assert script(runs, *words).returncode == 2  # no tokenizer
+    tokenizer.save_pretrained("theirs")
+    assert script(runs, *words).returncode == 0
+    html = Path("out/hf_theirs/page.html").read_text()
+    assert '"d","e","f"," "' in html and "\\u003c" in html
+    assert script(runs, *words, "--compare=out/bank").returncode == 0  # both read bytes
+    path = Path("theirs/tokenizer.json")
+    swapped = path.read_text().replace('"d": 100', '"d": 101').replace('"e": 101', '"e": 100')
+    path.write_text(swapped)
+    other = script(runs, *words, "--compare=out/bank")
+    assert other.returncode == 2 and "compares token by token" in other.stderr
     done = script(runs, "probe.py", "--out_dir=out/pool", "--compare=out/bank", *PROBE)
     assert done.returncode == 2 and "add --page" in done.stderr
 

@@ -25,8 +25,8 @@ from probe_helpers import (
 from train_helpers import refused
 
 from model import GPT
-from support import hf
-from support.tokenizer import get_tokenizer
+from support import folder, hf
+from support.tokenizer import alike, get_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from safetensors.torch import load_file, save_file  # noqa: E402  (comes with transformers)
@@ -204,17 +204,20 @@ def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
 
 def test_the_tokenizer_of_a_folder(tmp_path):
     """By what it does to a text, not by its name; without one, by the size of the vocabulary."""
-    for spec in ("bytes", rank_file(tmp_path / "x.tiktoken")):
-        tokenizer, folder = get_tokenizer(spec), str(tmp_path / Path(spec).stem)
-        hf.export(random_model(vocab_size=tokenizer.vocab_size), folder, tokenizer)
-        assert hf.tokenizer_of(folder, spec) == spec
-    other = hf.tokenizer_of(folder, "bytes")
-    assert "x's own (" in other and "265 ids" in other
+    reads = lambda name, spec, n: folder.same_as_hugging_face(str(name), {
+        "tokenizer": spec, "vocab_size": get_tokenizer(spec).vocab_size}, n)
+    spec = rank_file(tmp_path / "x.tiktoken")
+    for mine, other in (("bytes", spec), (spec, "bytes")):
+        tokenizer, path = get_tokenizer(mine), tmp_path / Path(mine).stem
+        hf.export(random_model(vocab_size=tokenizer.vocab_size), path, tokenizer)
+        assert reads(path, mine, 10**6) and not reads(path, other, 1)
+        again = get_tokenizer(f"hf:{path}")  # and out again, as it came
+        hf.export(random_model(vocab_size=again.vocab_size), tmp_path / "again", again)
+        assert alike(get_tokenizer(f"hf:{tmp_path / 'again'}"), tokenizer)
     for model_type in ("olmoe", "mixtral"):
-        small = saved(hf_model(model_type), tmp_path / model_type)
-        assert hf.tokenizer_of(small, "bytes") == "bytes"
+        assert reads(saved(hf_model(model_type), tmp_path / model_type), "bytes", 257)
         large = saved(hf_model(model_type, vocab_size=2000), tmp_path / f"{model_type}2")
-        assert hf.tokenizer_of(large, "bytes") == f"{large}'s own (2000 ids)"
+        assert not reads(large, "bytes", 2000)
 
 
 # ---- 3. Out.

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from probe_helpers import ROUTED, hf_model, random_model, tokens
 from torch import nn
 
-import moe
-from support import page
+from support import page, routers
 from support.page import collect, write_page
 from support.tokenizer import get_tokenizer
 
@@ -81,7 +80,7 @@ def test_losses_under_random_routing(name):
             assert torch.equal(changed.weights, learned.weights)
             return learned._replace(ids=changed.ids)
 
-    for k, layer in enumerate(page.find_layers(model)):
+    for k, layer in enumerate(routers.find_layers(model)):
         ffn = model.blocks[layer.index].ffn
         ffn.router = Other(layer.router, page.random_choice(layer))
         with torch.no_grad():
@@ -91,19 +90,6 @@ def test_losses_under_random_routing(name):
         assert got["random"][k] == pytest.approx(losses.tolist(), abs=6e-4)
         assert got["random"][k] != got["loss"]
     assert collect(model, BYTES, ids, name) == got  # fixed seed
-
-
-def test_random_choice_is_uniform_without_replacement():
-    layer = page.Layer(5, None, None)
-    learned = moe.Routing(torch.rand(6000, 2), torch.zeros(6000, 2, dtype=torch.int64),
-                          torch.rand(6000, 6), torch.rand(6000, 6))
-    ids = page.random_choice(layer)(None, None, learned).ids
-    pairs = [tuple(sorted(pair)) for pair in ids.tolist()]
-    counts = np.array([pairs.count(pair) for pair in itertools.combinations(range(6), 2)])
-    assert counts.sum() == 6000  # always two different ones
-    assert ((counts - 400) ** 2 / 400).sum() < 36.12  # chi-square, 14 degrees of freedom, 0.1 %
-    other = page.random_choice(layer._replace(index=6))(None, None, learned).ids
-    assert (other == ids).float().mean() < 0.3
 
 
 @pytest.mark.parametrize("family", sorted(ROUTED))
@@ -207,15 +193,6 @@ def test_spelling_of_bytes():
     assert spelled == [*"a</script>", "\\xc3", "\\xa9", "\n", "<|endoftext|>"]
 
 
-def test_spelling_with_a_tokenizer_of_transformers():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    hf = pytest.importorskip("support.hf")
-    theirs = hf.export_tokenizer(transformers, BYTES, 32)
-    text = "def f(x ):\n    return x  # ab , "
-    assert page.spell(theirs, theirs.encode(text)) == list(text)
-    assert page.spell(theirs, theirs.encode("é!")) == ["\ufffd", "é", "!"]
-
-
 # --------------------------------------------------------------------------------------------------
 # 4. The file.
 
@@ -251,7 +228,8 @@ def test_size_of_two_wide_infinity_moes(tmp_path):
 
     rest = {name: made_up(24, 1, 1)[name] for name in ("name", "tokens", "next", "layers", "banks",
                                                        "loss", "random")}
-    one = rest | page.neurons([page.Layer(i, None, Bank()) for i in range(24)], [None] * 24)
+    layers = [routers.Layer(i, None, None, Bank(), 6144, 4) for i in range(24)]
+    one = rest | page.neurons(layers, [None] * 24)
     write_page(tmp_path / "page.html", [one, one])
     assert (tmp_path / "page.html").stat().st_size <= 300_000
     assert len(one["shown"]) > 30
@@ -286,12 +264,12 @@ needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
 
-def browse(path, tmp_path, address="", width=1280):
+def browse(path, tmp_path, width=1280):
     """-> the page's elements after its scripts ran, and what the console said."""
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
          "--v=0", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
-         "--virtual-time-budget=3000", "--dump-dom", f"file://{path}{address}"],
+         "--virtual-time-budget=3000", "--dump-dom", f"file://{path}"],
         capture_output=True, text=True, timeout=240)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return done.stdout, console
@@ -335,9 +313,10 @@ def pair(tmp_path_factory):
 
 
 @needs_chromium
-def test_the_address_selects_a_token(pair, tmp_path):
+def test_what_is_shown_of_a_token(pair, tmp_path):
     path, pages, said = pair
-    dom, console = browse(path, tmp_path, "#token=5&layers=2,3")
+    script = "change({ token: 5, layers: models.map((m, i) => m.layers.indexOf(2 + i)) })"
+    dom, console = browse(with_script(path, script), tmp_path)
     assert not console
     assert drawn_experts(dom) == [chosen_experts(*model, 5) for model in said]
     assert "&lt;b&gt;unipool&lt;/b&gt;" in dom and "<b>unipool</b>" not in dom.split("<main")[1]
@@ -355,12 +334,12 @@ def test_a_click_and_a_key_select_a_token(pair, tmp_path):
         boxes[7].focus();
         boxes[7].dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
         document.querySelector(".cards button.mine").click();
-        document.title = document.activeElement.title + location.hash;""")
+        document.title = document.activeElement.title + " marks " + state.expert;""")
     dom, console = browse(played, tmp_path)
     assert not console
     assert drawn_experts(dom) == [chosen_experts(*model, 8) for model in said]
     title = re.search("<title>(.*?)</title>", dom)[1]
-    expert = re.search(r"^token 8: .*#token=8&amp;layers=\d+,\d+&amp;expert=0\.0\.(\d+)", title)
+    expert = re.search(r"^token 8: .* marks 0\.0\.(\d+)", title)
     assert expert, title
     # underlined are the tokens on which that expert of the pool works, in any layer
     routings, _ = said[0]
@@ -375,7 +354,8 @@ def test_a_click_and_a_key_select_a_token(pair, tmp_path):
 def test_neurons_in_the_browser(tmp_path):
     got = collect(random_model(**INFMOE), BYTES, text_ids(), "infmoe")
     write_page(tmp_path / "page.html", [got])
-    dom, console = browse(tmp_path / "page.html", tmp_path, "#token=9")
+    played = with_script(tmp_path / "page.html", "change({ token: 9 })")
+    dom, console = browse(played, tmp_path)
     assert not console
     found = re.findall(r'fill-opacity="([\d.]+)" data-layer="(\d+)" data-neuron="(\d+)"', dom)
     drawn = {(int(k), int(f)): float(opacity) for opacity, k, f in found}

@@ -32,9 +32,11 @@ from probe_helpers import (
 import losses
 import moe
 import probe
-from lab import evaluate
-from probe import Layer, ProbeConfig, Subject
-from support import hf, placement, results
+from lab import continuous, evaluate
+from lab import pathways as pathways_lab
+from probe import ProbeConfig, Subject
+from support import figures, hf, results, routers
+from support.routers import Layer, find_layers
 
 TOPK = dict(arch="llama", flavour="topk", n_experts=6, d_expert=24, n_kv_head=2, n_layer=4)
 OURS = {
@@ -56,12 +58,8 @@ def data(tmp_path_factory):
 
 def subject_of(model, windows=None):
     """As load_ours makes it, without files."""
-    c = model.config
-    blocks = [(i, b.ffn) for i, b in enumerate(model.blocks) if isinstance(b.ffn, moe.MoE)]
-    layers = [Layer(i, f.router, f, f.bank or model.pool_of(k), c.n_experts or c.d_expert, c.top_k
-                    or c.infmoe_samples) for k, (i, f) in enumerate(blocks)]
-    windows = tokens(6, CONTEXT + 1).numpy() if windows is None else windows
-    return Subject("it", model, layers, c.n_layer, VOCAB, windows, None, {})
+    windows, c = tokens(6, CONTEXT + 1).numpy() if windows is None else windows, model.config
+    return Subject("it", model, find_layers(model), c.n_layer, VOCAB, windows, None, {})
 
 
 def routings_of(subject):
@@ -129,7 +127,7 @@ def test_one_layer_of_every_family(family, tmp_path, data):
 
 
 def test_other_architectures_are_named(tmp_path, data):
-    words = r"LlamaForCausalLM has no \*TopKRouter module to hook, as Mixtral, OLMoE"
+    words = r"LlamaForCausalLM has no router to ask: .* \*TopKRouter module, as Mixtral, OLMoE"
     with pytest.raises(ValueError, match=words):
         probe.load_hf(ProbeConfig(hf=saved(hf_model("llama"), tmp_path), dataset=data))
 
@@ -138,7 +136,17 @@ def test_a_router_that_returns_something_else_is_refused():
     for output in (torch.zeros(3, 2), (torch.zeros(3, 6), torch.zeros(3, 2)),
                    (torch.zeros(3, 6),) * 3):
         with pytest.raises(ValueError, match="does not return"):
-            probe.gates_and_ids(output)
+            routers.gates_and_ids(output)
+
+
+def test_transitions_are_grouped_by_where_experts_lead():
+    """Four groups of 16 experts, shuffled: each is together again, in rows and in columns."""
+    group, rng = np.arange(64) // 16, np.random.default_rng(0)
+    rows, columns = rng.permutation(64), rng.permutation(64)
+    counts = np.where(group[rows][:, None] == group[columns], 20.0, 0.2) + rng.random((64, 64))
+    for order, names in zip(figures.grouped(counts), (rows, columns)):
+        found = group[names[order]]
+        assert sorted(order) == list(range(64)) and (found[1:] != found[:-1]).sum() == 3
 
 
 def test_hooks_go_when_the_run_fails():
@@ -157,8 +165,7 @@ def draw(how="random", n=6, k=2, size=6000, seed=0, among=None, gates="learned",
     weights = torch.rand(size, k, generator=torch.Generator().manual_seed(1))
     routing = moe.Routing(weights, torch.zeros(size, k, dtype=torch.int64), None, None)
     keys = torch.arange(size) if keys is None else keys
-    return weights, probe.another_choice(layer, routing, keys, 64 * (1000 * seed + index), among,
-                                         gates)
+    return weights, routers.another_choice(layer, routing, keys, seed, among, gates)
 
 
 def test_uniform_over_sets_and_order():
@@ -213,7 +220,7 @@ def test_codes_are_standard_normal(settings):
     subject = subject_of(random_model(**OURS["infmoe"] | settings))
     layer, x = subject.layers[1], torch.randn(2000, 32)
     own = layer.router(x, torch.arange(2000))
-    new = probe.another_choice(layer, own, torch.arange(2000), 64, None, "learned")
+    new = routers.another_choice(layer, own, torch.arange(2000))
     assert [code is None for code in new] == [code is None for code in own]
     for code, learned in zip(new, own):
         if code:
@@ -439,7 +446,7 @@ def test_expert_use(groups, tmp_path, data):
 @pytest.mark.parametrize("settings", [{}, dict(infmoe_depth=2), dict(pool_groups=1)])
 def test_neuron_use(settings):
     subject = subject_of(random_model(**OURS["infmoe"] | settings))
-    rows, use, banks, _ = probe.neuron_use(subject, ProbeConfig(batch_size=2))
+    rows, use, banks, _ = continuous.neuron_use(subject, ProbeConfig(batch_size=2))
     codes = routings_of(subject)
     for row, counts, (k, i) in zip(
         rows, use, itertools.product(range(4), range(settings.get("infmoe_depth", 1)))):
@@ -598,9 +605,9 @@ def test_partition_finds_planted_groups_and_keeps_sizes():
         group = {bank: rng.permutation(12) % 3 for bank in (0, 1, 2)}
         traffic = {(a, b): 1.0 + 50 * (group[a][:, None] == group[b][None, :]) for a, b in pairs}
         plain = {bank: np.arange(12) // 4 for bank in {x for pair in pairs for x in pair}}
-        found = placement.partition(traffic, plain, 3)
+        found = pathways_lab.partition(traffic, plain, 3)
         assert all(np.bincount(devices).tolist() == [4, 4, 4] for devices in found.values())
-        assert placement.crossings(traffic, found) < 0.6 * placement.crossings(traffic, plain)
+        assert pathways_lab.crossings(traffic, found) < 0.6 * pathways_lab.crossings(traffic, plain)
         # the argument is left alone
         assert all((devices == np.arange(12) // 4).all() for devices in plain.values())
 
@@ -611,18 +618,18 @@ def test_partition_is_a_local_optimum():
     traffic = {(0, 0): rng.random((7, 7)), (0, 1): rng.random((7, 7)) ** 3,
                (1, 1): rng.random((7, 7))}
     plain = {bank: np.arange(7) * 3 // 7 for bank in (0, 1)}  # sizes 3, 2, 2
-    found = placement.partition(traffic, plain, 3)
-    best = placement.crossings(traffic, found)
-    assert best < placement.crossings(traffic, plain)
+    found = pathways_lab.partition(traffic, plain, 3)
+    best = pathways_lab.crossings(traffic, found)
+    assert best < pathways_lab.crossings(traffic, plain)
     for bank, (i, j) in itertools.product((0, 1), itertools.combinations(range(7), 2)):
         other = {b: devices.copy() for b, devices in found.items()}
         other[bank][[i, j]] = other[bank][[j, i]]
-        assert placement.crossings(traffic, other) >= best - 1e-12
+        assert pathways_lab.crossings(traffic, other) >= best - 1e-12
 
 
 def test_cache_hits_equal_a_cache():
     sequence = np.random.default_rng(0).zipf(1.5, 3000) % 11
-    hits = placement.cache_hits(sequence, 11)
+    hits = pathways_lab.cache_hits(sequence, 11)
     for size in range(1, 12):
         cache, found = collections.OrderedDict(), 0
         for expert in sequence.tolist():
@@ -637,10 +644,10 @@ def test_cache_hits_equal_a_cache():
 def test_accesses_are_in_the_order_of_decoding():
     # (L = 2, T = 2, K = 2)
     ids = np.array([[[0, 1], [2, 3]], [[1, 0], [3, 2]]], dtype=np.int16)  # (L = 2, T = 2, K = 2)
-    assert placement.accesses(ids, [0, 0], 4).tolist() == [0, 1, 1, 0, 2, 3, 3, 2]  # a pool
-    assert placement.accesses(ids, [0, 1], 4).tolist() == [0, 1, 5, 4, 2, 3, 7, 6]
+    assert pathways_lab.accesses(ids, [0, 0], 4).tolist() == [0, 1, 1, 0, 2, 3, 3, 2]  # a pool
+    assert pathways_lab.accesses(ids, [0, 1], 4).tolist() == [0, 1, 5, 4, 2, 3, 7, 6]
     ids[0, 0, 1] = ids[1, 1, 0] = 4  # no expert
-    assert placement.accesses(ids, [0, 1], 4).tolist() == [0, 5, 4, 2, 3, 6]
+    assert pathways_lab.accesses(ids, [0, 1], 4).tolist() == [0, 5, 4, 2, 3, 6]
 
 
 # ---- 6. Samples.
@@ -661,7 +668,7 @@ def test_samples(tmp_path, data):
 def test_samples_are_as_before_afterwards():
     subject = subject_of(random_model(**OURS["infmoe"]))
     before = probe.held_out(subject, ProbeConfig())
-    probe.samples(subject, ProbeConfig(samples=(4,)), lambda *_: None)
+    continuous.samples(subject, ProbeConfig(samples=(4,)), lambda *_: None)
     assert np.array_equal(probe.held_out(subject, ProbeConfig()), before)
 
 

@@ -1,12 +1,52 @@
-"""Where to keep experts, for the pathways that probe.py records: on devices, and in a cache.
+"""probe.py --pathways: do tokens keep to paths through the layers, and where to keep the experts?
 
 ids: (L, T, K) the experts that each layer chose, E for none; bank: for each layer the number of its
 bank; traffic: {(bank, next bank): (E, E) how often a token goes from this expert to that one};
 place: {bank: (E,) the device of each expert}.
 """
+import itertools
 from collections import defaultdict
 
 import numpy as np
+
+import losses
+from probe import counted, record
+from support import figures
+from support.results import print_table
+from support.routers import bank_numbers
+
+
+def pathways(subject, config, save):
+    if subject.continuous or len(subject.layers) < 2:
+        raise ValueError("it follows tokens between layers of discrete experts, and "
+                         f"{subject.name} has none or one")
+    n, (ids, _) = subject.layers[0].n_experts, record(subject, config)
+    if n < config.devices:
+        raise ValueError(f"devices={config.devices}: more than the {n} experts of a layer")
+    pairs = list(zip(ids.long(), ids[1:].long()))
+    titles = [f"layers {a.index} to {b.index}" for a, b in itertools.pairwise(subject.layers)]
+    consistent = [losses.path_consistency(a, b, n + 1).item() for a, b in pairs]
+    chance = [losses.max_share(counted(b[:, :1], n)).item() / (n + 1) for _, b in pairs]
+    print("path consistency: share of tokens whose next first choice is the usual successor of\n"
+          "this one; chance: were the layers independent")
+    table = [*zip(titles, consistent, chance), ("mean", np.mean(consistent), np.mean(chance))]
+    print_table(["", "consistency", "chance"], [[t, f"{c:.3f}", f"{r:.3f}"] for t, c, r in table])
+    bank = bank_numbers(subject.layers)
+    crossing = compare(ids.numpy(), bank, n, config.devices)
+    print("hops to an expert of the next layer that change device, with experts on "
+          f"{config.devices} devices;\nthe partition is made from one half of the text, all are "
+          "judged on the other")
+    print_table(["placement", "crossing"], [[name, f"{v:.1%}"] for name, v in crossing.items()])
+    fetched = accesses(ids.numpy(), bank, n)
+    hits = cache_hits(fetched, (max(bank) + 1) * n)
+    sizes = sorted({max(1, round(len(hits) * share)) for share in (0.05, 0.1, 0.25, 0.5, 0.75, 1)})
+    print("a cache of the experts used last, decoding one token after another")
+    print_table(["experts held", "hit rate"],
+                [[f"{size} of {len(hits)}", f"{hits[size - 1]:.1%}"] for size in sizes])
+    results = {"pairs": titles, "path_consistency": consistent, "chance": chance,
+               "crossing": crossing, "cache_hit_rate": hits.tolist()}
+    counts = [hops(a.numpy(), b.numpy(), n) for a, b in pairs]
+    save("pathways", results, lambda: figures.pathways(subject.name, titles, counts, hits))
 
 
 def compare(ids: np.ndarray, bank: list, n: int, n_devices: int) -> dict:
