@@ -45,10 +45,17 @@ from model import GPT, load_checkpoint
 from support import figures, files, hf, page
 from support.checkpoint import same_tokenizer
 from support.machine import pick_device
-from support.results import keep_earlier, newest_finished, print_table, save_results
+from support.results import (
+    changed,
+    columns_of,
+    newest_finished,
+    print_table,
+    save_results,
+    summary,
+)
 from support.routers import another_choice, bank_numbers, find_layers, gates_and_ids, hooked
 from support.shards import ShardReader, load_meta
-from support.tokenizer import alike, get_tokenizer
+from support.tokenizer import get_tokenizer
 from support.usage import one_line
 
 
@@ -396,36 +403,6 @@ def benchmarks(subject, config):
     return measure
 
 
-def columns_of(values):
-    """What the last dimension holds: benchmarks have no loss."""
-    return ["loss", "accuracy"][-values.shape[-1]:]
-
-
-def summary(base, change, over_seeds):
-    """Mean of change (layers, seeds, units, columns) and its standard error.
-
-    The error comes from the scatter over held-out windows (that of the seeds is part of it), for
-    benchmarks from that over seeds; None where there is one.
-    """
-    row = {}
-    for j, column in enumerate(columns_of(change)):
-        seeds, units = change[..., j].mean((0, 2)), change[..., j].mean((0, 1))
-        row |= {column: base[:, j].mean() + units.mean(), f"{column}_change": units.mean(),
-                f"{column}_error": standard_error(seeds if over_seeds else units),
-                f"{column}_error_over_seeds": standard_error(seeds)}
-    return row
-
-
-def standard_error(values):
-    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-
-
-def changed(row, column, digits):
-    """A change and its error, as text."""
-    change, error = row[f"{column}_change"], row[f"{column}_error"]
-    return f"{change:+.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
-
-
 def print_random_router(subject, config, n_units, learned, rows, names):
     units = {"loss": f"nats per {subject.unit}", "accuracy": "%"}
     print("learned router: " + ", ".join(
@@ -550,19 +527,7 @@ def write_page(subject, config, save):
     if config.compare:
         other = dict(out_dir=config.compare, hf=None, dataset=dataset_of(config))
         subjects.append(load_ours(dataclasses.replace(config, **other)))
-    readers = [reader(s.tokenizer) for s in subjects]
-    if config.compare and (readers[0] is None or not alike(*readers)):
-        names = [getattr(s.tokenizer, "name", s.tokenizer) for s in subjects]
-        raise ValueError(f"{subject.name} reads {names[0]} tokens, and {config.compare} "
-                         f"{names[1]}: the page compares token by token")
-    length = min(PAGE_TOKENS, *(s.windows.shape[1] - 1 for s in subjects))
-    tokens = subject.windows[0][:length + 1]
-    models = [page.collect(s.model, r, tokens, s.name, **s.options)
-              for s, r in zip(subjects, readers)]
-    folder = folder_of(config)
-    kept = keep_earlier(folder, "page")
-    page.write_page(folder / "page.html", models)
-    print(f"wrote {folder / 'page.html'}{kept}: open it in a browser\n")
+    page.write_subjects(folder_of(config), subjects, PAGE_TOKENS)
 
 
 def dataset_of(config):
@@ -570,16 +535,6 @@ def dataset_of(config):
     if config.dataset or config.hf:
         return config.dataset
     return load_checkpoint(Path(config.out_dir, "ckpt.pt"))["train_config"]["dataset"]
-
-
-def reader(tokenizer):
-    """Something that decodes: ours does; transformers' is known by its model's name."""
-    if not isinstance(tokenizer, str):
-        return tokenizer
-    try:
-        return get_tokenizer(f"hf:{tokenizer}")
-    except ValueError:  # none there: tokens are shown as numbers
-        return None
 
 
 # ---- 7. the command line

@@ -270,10 +270,10 @@ def bench_infmoe(table):
             table.faster("C4", f"infmoe FFN fwd+bwd to K FFNs with torch.topk, {case}",
                          both["literal"], both["ours"], ">= 2.0")
     if len(curve) > 1:
-        draw_latency(curve, table)
+        draw_latency(curve, table, f"K={k} samples, {t} tokens, {d} wide, {f} neurons")
 
 
-def draw_latency(curve, table):
+def draw_latency(curve, table, case):
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -285,7 +285,7 @@ def draw_latency(curve, table):
         times = [1e3 * t[name] for t in curve.values()]
         axes.plot([100 * rate for rate in curve], times, marker="o", markersize=4, label=label)
     axes.set(xlabel="activation rate N (%)", ylabel="forward latency (ms)", ylim=(0, None),
-             title=f"infmoe FFN, {describe(table.device)}")
+             title=f"infmoe FFN, {describe(table.device)}\n{case}")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(Path(table.config.out, f"infmoe_latency_{table.device}.png"))

@@ -5,9 +5,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from probe import changed, held_out, summary, thinned, use_columns, watch
+from probe import held_out, thinned, use_columns, watch
 from support import figures
-from support.results import print_table
+from support.results import changed, print_table, summary
 
 
 def neuron_use(subject, config):

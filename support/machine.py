@@ -168,6 +168,8 @@ def stop_signals():
         received.append(number)  # also if what it interrupts (a compiler) swallows the exception
         if number == signal.SIGINT and leave:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and sys.stderr.isatty():  # os.write: a print may be under way
+            os.write(2, b"\nstopping once this step is done and saved; Ctrl-C again: at once\n")
 
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
         yield received

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.files import write_atomically
+from support.results import keep_earlier
 from support.routers import (
     another_choice,
     bank_numbers,
@@ -47,6 +48,7 @@ from support.routers import (
     hooked,
     is_codes,
 )
+from support.tokenizer import alike, get_tokenizer
 
 NEAR = 6  # neighbours on each side that a token's masks are compared with
 MODEL_BYTES = 130_000  # of one infmoe model: two fit into a page of 300 kB
@@ -211,3 +213,31 @@ def write_page(path, models: list[dict]) -> None:
     path, text = Path(path), template.replace("THE_DATA", data).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda f: f.write(text))
+
+
+def write_subjects(folder, subjects, most):
+    """page.html in a folder: the first held-out tokens of what probe.py looks at, `most` of them.
+
+    ValueError where two models do not read a text alike.
+    """
+    first, readers = subjects[0], [reader(s.tokenizer) for s in subjects]
+    if len(subjects) > 1 and (readers[0] is None or not alike(*readers)):
+        names = [getattr(s.tokenizer, "name", s.tokenizer) for s in subjects]
+        raise ValueError(f"{first.name} reads {names[0]} tokens, and {subjects[1].name} "
+                         f"{names[1]}: the page compares token by token")
+    length = min(most, *(s.windows.shape[1] - 1 for s in subjects))
+    tokens = first.windows[0][:length + 1]
+    models = [collect(s.model, r, tokens, s.name, **s.options) for s, r in zip(subjects, readers)]
+    kept = keep_earlier(folder, "page")
+    write_page(folder / "page.html", models)
+    print(f"wrote {folder / 'page.html'}{kept}: open it in a browser\n")
+
+
+def reader(tokenizer):
+    """Something that decodes: ours does; transformers' is known by its model's name."""
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    try:
+        return get_tokenizer(f"hf:{tokenizer}")
+    except ValueError:  # none there: tokens are shown as numbers
+        return None

@@ -65,3 +65,35 @@ def save_results(folder, name, results, draw):
     write_atomically(folder / f"{name}.png", lambda f: figure.savefig(f, dpi=200, format="png"))
     plt.close(figure)
     print(f"wrote {folder / name}.json and {folder / name}.png{kept}\n")
+
+
+# ---- changes of a metric, and their errors
+
+def columns_of(values):
+    """What the last dimension holds: benchmarks have no loss."""
+    return ["loss", "accuracy"][-values.shape[-1]:]
+
+
+def summary(base, change, over_seeds):
+    """Mean of change (layers, seeds, units, columns) and its standard error.
+
+    The error comes from the scatter over held-out windows (that of the seeds is part of it), for
+    benchmarks from that over seeds; None where there is one.
+    """
+    row = {}
+    for j, column in enumerate(columns_of(change)):
+        seeds, units = change[..., j].mean((0, 2)), change[..., j].mean((0, 1))
+        row |= {column: base[:, j].mean() + units.mean(), f"{column}_change": units.mean(),
+                f"{column}_error": standard_error(seeds if over_seeds else units),
+                f"{column}_error_over_seeds": standard_error(seeds)}
+    return row
+
+
+def standard_error(values):
+    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def changed(row, column, digits):
+    """A change and its error, as text."""
+    change, error = row[f"{column}_change"], row[f"{column}_error"]
+    return f"{change:+.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -139,22 +140,25 @@ def test_a_run_of_days_says_so():
                     budget.long_run(large, c, 1, cpu, 10**7))
 
 
-def test_the_bar_counts_micro_steps(tmp_path):
-    """On a terminal: a pseudo one."""
+def test_the_bar_counts_micro_steps_and_hears_ctrl_c(tmp_path):
+    """On a terminal, a pseudo one; and a Ctrl-C is acknowledged before the step is done."""
     data = make_data(tmp_path / "data")
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = train_command(data, tmp_path / "out", batch_tokens=512, micro_batch=1, max_steps=2)
+    command = train_command(data, tmp_path / "out", batch_tokens=512, micro_batch=1, max_steps=9999)
     running = subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=tmp_path)
     os.close(theirs)
-    shown = b""
+    shown, sent = b"", False
     try:
         while piece := os.read(ours, 4096):
             shown += piece
+            if b"2/9999" in shown and not sent:
+                running.send_signal(signal.SIGINT)
+                sent = True
     except OSError:  # the other end is closed
         pass
-    assert running.wait() == 0 and b"micro-step 0 of 32" in shown
-    assert re.search(rb"2/2 .*finished", shown, flags=re.S)
+    assert running.wait() == 130 and b"micro-step 0 of 32" in shown
+    assert re.search(rb"stopping once this step .*stopped by SIGINT after step", shown, flags=re.S)
 
 
 def test_the_lowered_micro_batch_is_what_the_run_keeps(tmp_path, monkeypatch):
