@@ -659,8 +659,9 @@ def test_ctrl_c_while_starting(data, tmp_path):
     """From the first import to the first step: it leaves, with a word at most."""
     for delay in (0.2, 1, 3, 6):
         arguments = train_command(data, tmp_path / "out", max_steps=10**6, overwrite=True)
-        process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE,
-                                   stdout=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            arguments, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
