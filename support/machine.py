@@ -159,7 +159,7 @@ class Stop(list):
 @contextlib.contextmanager
 def stop_signals():
     """-> Stop, which the loop looks at after each step. A second Ctrl-C leaves at once, and so does
-    the first while there is nothing to save, unless other ranks would be left alone."""
+    any signal while there is nothing to save, unless other ranks would be left alone."""
     received = Stop()
     received.nothing_to_save = os.environ.get("WORLD_SIZE", "1") == "1"
 
@@ -168,6 +168,8 @@ def stop_signals():
         received.append(number)  # also if what it interrupts (a compiler) swallows the exception
         if number == signal.SIGINT and leave:
             raise KeyboardInterrupt
+        if received.nothing_to_save:  # SIGTERM: a first step may take an hour
+            raise SystemExit(128 + number)
         if number == signal.SIGINT and sys.stderr.isatty():  # os.write: a print may be under way
             os.write(2, b"\nstopping once this step is done and saved; Ctrl-C again: at once\n")
 

@@ -670,6 +670,12 @@ def test_ctrl_c_while_starting(data, tmp_path):
             assert err.strip() in ("", "stopped by Ctrl-C"), delay
 
 
+def test_sigterm_in_a_first_step(data, tmp_path, command, monkeypatch):
+    """It may take an hour, and there is nothing to save."""
+    monkeypatch.setattr(GPT, "forward", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert command(data, tmp_path / "out")[0] == 143 and not (tmp_path / "out/ckpt.pt").exists()
+
+
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_ctrl_c_in_a_first_step(data, tmp_path, command, monkeypatch, swallowed):
     """A compiler at work: it leaves at once; where the compiler swallows that, after the step."""
