@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,10 @@ PEAK_FLOPS = {  # dense bf16 FLOP/s by the makers' data sheets; the first name t
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12,
     "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A6000": 155e12, "A40": 150e12,
     "A10": 125e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "MI300X": 1307e12}
+BANDWIDTH = {  # of its memory, bytes a second, likewise
+    "H100 PCIe": 2e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "H200": 4.8e12, "H800": 3.35e12,
+    "H20": 4e12, "B200": 8e12, "A100": 2e12, "A800": 2e12, "A6000": 768e9, "A40": 696e9,
+    "A10": 600e9, "L40S": 864e9, "L4": 300e9, "4090": 1008e9, "3090": 936e9, "MI300X": 5.3e12}
 REACHED = 0.4  # share of the peak that a training run reaches, for estimates of time
 
 # ---- words for numbers
@@ -75,15 +80,22 @@ def print_parameters(model, n_active):
 
 
 def flops_per_token(model_config):
-    """Of a training step, forward and backward: 6 N_active + 12 L D S."""
+    """Of a training step, forward and backward: 6 N + 12 L D S. N: the active parameters, apart
+    from a table of which a token reads one row."""
     c = model_config
-    return 6 * c.n_active_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+    attention = 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+    return 6 * (c.n_active_params() - lookup_table(c)) + attention
 
 
-def peak_flops(device):
-    """Dense bf16 FLOP/s of the GPU at hand; None where it is not in the table."""
+def lookup_table(m):
+    """Parameters of a table of token embeddings that the head does not share."""
+    return 0 if m.tie_embeddings else m.vocab_size * m.d_model
+
+
+def peak_flops(device, table=None):
+    """Dense bf16 FLOP/s of the GPU at hand, or what another table says of it; None: not there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in (table or PEAK_FLOPS).items() if key in name), None)
 
 
 def cpu_flops():
@@ -116,31 +128,64 @@ def step_sizes(m, c, n_ranks):
 # ---- memory
 
 
+def kept_per_token(m, n):
+    """Bytes that autograd keeps for one token, a number for each block; n: bytes of the dtype that
+    matrices read. With autocast (n = 2) residuals, norms and routers stay float32."""
+    wide = 2 if m.activation == "swiglu" else 1  # rows of w_in for a neuron
+    attention = (8 + 2 * n) * m.d_model + 4 * n * m.n_head * m.head_dim  # residuals; q, k, v, out
+    dense = attention + 2 * n * wide * m.d_ff  # before the activation, and after it
+    if m.flavour == "dense":
+        return [dense] * m.n_layer
+    router = attention + (4 * m.d_model if n == 2 else 0)  # it reads float32
+    if m.top_k:  # the backward pass runs the activation again
+        experts = router + 16 * m.n_experts + n * wide * m.top_k * m.d_expert
+        experts += 2 * n * wide * m.n_shared_experts * m.d_expert
+    elif m.infmoe_depth == 1 and m.infmoe_mask == "post":
+        experts = router + 12 * m.infmoe_samples * m.infmoe_dz + n * wide * m.d_expert
+    else:  # whole masks, in torch
+        experts = router + 9 * m.infmoe_samples * m.d_expert * m.infmoe_depth
+    return [experts if i in m.moe_layers() else dense for i in range(m.n_layer)]
+
+
 def memory_per_rank(model, c, n_ranks):
-    """Bytes by use, for a model on the meta device. Weights, gradients and AdamW's two moments are
-    float32; activations are an estimate."""
-    m = model.config
-    sizes = [p.numel() for p in model.parameters()]
-    total = sum(sizes)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    # With autocast the residual stream stays float32: bytes of it, and of what matrices see.
-    wide, narrow = (4, 4) if c.dtype == "float32" else (3, 2)
-    gpt2 = m.arch == "gpt2"
-    ffn = (2 if m.activation == "gelu" else 4) * (m.d_expert or m.d_ff) + 2 * m.d_model
-    if m.top_k:  # their backward runs the activation again
-        ffn //= 2
-    chosen = (m.top_k or 1) + (m.n_shared_experts or 0)
-    block = wide * (8 if gpt2 else 12) * m.d_model + narrow * chosen * ffn  # bytes per token
-    block += 16 * (m.infmoe_samples or 0) * (m.infmoe_dz or 0)  # noise, codes, and their gradients
-    kept = block + 4 * m.d_model * m.n_layer if c.recompute else block * m.n_layer
-    kept += m.vocab_size * (narrow + 8)  # logits, their float32 copy, its gradient
-    part = total / n_ranks if c.shard == "fsdp" else total
-    memory = {"weights": 4 * part, "gradients": 4 * part, "AdamW": 8 * part,
-              "activations": c.micro_batch * m.block_size * kept}
-    if c.shard == "zero1":  # whole tensors are dealt out
-        memory["AdamW"] = 8 * max(total / n_ranks, max(sizes))
-    if c.shard == "fsdp":  # pools and embeddings stay, blocks come and go by twos, in bf16, with
-        memory["gathered"] = 8 * (total - sum(blocks) + 2 * max(blocks))  # bf16 gradients, a buffer
+    """Bytes by use at the peak of a step, for a model on the meta device. Weights, gradients and
+    AdamW's two moments are float32. lab/memory.py traces the same on the real code."""
+    m, n, sharded = model.config, 4 if c.dtype == "float32" else 2, c.shard in ("fsdp", "ep")
+    count = lambda modules: sum(p.numel() for module in modules for p in module.parameters())
+    total, pools = count([model]), count(model.pools)
+    banks = count({bank for _, bank in model.expert_layers()})
+    root = total - pools - count(model.blocks)  # embeddings, the head
+    part, tokens = total / n_ranks if sharded else total, c.micro_batch * m.block_size
+    memory = {"weights": 4 * part, "gradients": 4 * part, "AdamW": 8 * part}
+    if c.shard == "zero1":
+        memory["AdamW"] /= n_ranks
+    layers = len(m.moe_layers())
+    stay = 0 if c.shard == "fsdp" else banks  # experts' weights to be cast
+    if c.shard == "ep":  # for each layer of a pool
+        stay = (banks + pools * (0 if c.recompute else layers / max(1, len(model.pools)) - 1))
+        stay /= n_ranks
+    if sharded:  # what is fetched stays for a while, and gradients are whole between exchanges
+        fetched = total - banks if c.shard == "ep" else total
+        memory["gradients"] += 4 * fetched * (c.batch_tokens > tokens * n_ranks)
+        memory["fetched"] = 4 * root + (n * pools if c.shard == "fsdp" else 0)
+    memory["bf16 weights"] = 2 * (total - banks - lookup_table(m) + stay) if n == 2 else 0
+    blocks = kept_per_token(m, n)
+    if c.shard == "ep":  # rows as they were sent, and as they arrived
+        blocks = [b + n * (2 * m.top_k - 1) * m.d_model for b in blocks]
+    loss = 12 * m.vocab_size  # log-probabilities, and two gradients of logits
+    kept = sum(blocks) + loss
+    if c.recompute:  # a block's input, and one block or the loss
+        kept = 4 * m.d_model * m.n_layer + max(*blocks, loss)
+    memory["activations"] = tokens * kept
+    if m.top_k and pools:  # their gradients, and both factors of the product twice
+        wide = 3 if m.activation == "swiglu" else 2
+        factors = n * (2 * m.d_model + m.top_k * wide * m.d_expert)
+        alive = tokens * (4 * m.d_model * m.n_layer if c.recompute else sum(blocks))
+        late = 4 * pools + 2 * tokens * layers * factors
+        if sharded:  # a layer's gradient in bf16, and the sum
+            late = 6 * pools / (n_ranks if c.shard == "ep" else 1) + alive
+        early = memory["activations"] + memory["bf16 weights"]  # gone by then
+        memory["pool gradient"] = max(0, late - early)
     memory["others"] = sum(b.nbytes for b in model.buffers()) + 16 * c.batch_tokens / m.block_size
     return memory
 
@@ -236,6 +281,51 @@ def long_run(m, c, n_ranks, device, steps):
 # ---- the plan
 
 
+def pool_traffic(model, c, n_ranks):
+    """Bytes that a micro-step moves through a GPU's memory because layers share pools: each layer
+    reads all experts in bf16, once forward and twice backward; then the gradient and AdamW."""
+    pools = sum(p.numel() for p in model.pools.parameters()) if model.config.top_k else 0
+    layers = len(model.config.moe_layers()) / max(1, len(model.pools))
+    steps = accumulation_steps(c, model.config.block_size, n_ranks)
+    gradients = 14 * layers if c.shard in ("fsdp", "ep") else 12  # written and added, in fp32
+    own = n_ranks if c.shard == "ep" else 1
+    return pools / own * (6 * layers + 6 + gradients + 28 / steps)
+
+
+def link_traffic(model, c, n_ranks):
+    """Bytes that a rank sends to others in a micro-step: a collective's bytes times (R - 1) / R."""
+    m, steps = model.config, accumulation_steps(c, model.config.block_size, n_ranks)
+    count = lambda modules: sum(p.numel() for module in modules for p in module.parameters())
+    total, pools = count([model]), count(model.pools)
+    banks = count({bank for _, bank in model.expert_layers()})
+    others = total - banks
+    sent = 8 * total / steps  # gradients all-reduced, or scattered and weights gathered
+    if c.shard == "fsdp":  # weights forward and backward; pools once
+        sent = 8 * others + 4 * (banks - pools) + 2 * pools + 4 * total / steps
+    if c.shard == "ep":  # rows there and back, forward and backward
+        rows = c.micro_batch * m.block_size * m.top_k * len(m.moe_layers())
+        sent = 8 * others + 4 * others / steps + rows * m.d_model * 2 * (6 if c.recompute else 4)
+    return sent * (n_ranks - 1) / n_ranks
+
+
+def cheapest(model, c, n_ranks, room):
+    """The options that fit `room` bytes and send the least between ranks, recompute and smaller
+    micro-batches where nothing else fits -> text"""
+    even = model.config.n_experts and model.config.n_experts % n_ranks == 0
+    ways = ["none"] if n_ranks == 1 else ["none", "zero1", "fsdp", *(["ep"] if even else [])]
+    micro = c.micro_batch
+    while micro:
+        for again in (False, True):
+            tries = [replace(c, shard=shard, micro_batch=micro, recompute=again) for shard in ways]
+            fit = [t for t in tries if sum(memory_per_rank(model, t, n_ranks).values()) <= room]
+            if fit:
+                best = min(fit, key=lambda t: link_traffic(model, t, n_ranks))
+                smaller = f" --micro_batch={micro}" if micro < c.micro_batch else ""
+                return f"--shard={best.shard}" + " --recompute" * again + smaller
+        micro //= 2
+    return "none: more GPUs"
+
+
 def plan(model, c, device):
     """What a run would take, without running it -> text. model: on the meta device."""
     m, n = model.config, int(c.plan) if c.plan is not True else int(os.environ.get("WORLD_SIZE", 1))
@@ -246,11 +336,16 @@ def plan(model, c, device):
     except (OSError, ValueError) as error:
         epoch = f"unknown: {error}"
     memory, (free, where) = memory_per_rank(model, c, n), free_memory(device)
-    gpu, peak = "H100 (none here)", peak_flops(device) or PEAK_FLOPS["H100"]
+    gpu, peak, room = "H100 (none here)", PEAK_FLOPS["H100"], 80e9
+    speed = peak_flops(device, BANDWIDTH) or BANDWIDTH["H100"]
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_name(device)
+        gpu, peak, room = torch.cuda.get_device_name(device), peak_flops(device) or peak, free
     elif n == 1:
-        gpu, peak = f"this CPU ({torch.get_num_threads()} threads)", cpu_flops()
+        gpu, peak, room = f"this CPU ({torch.get_num_threads()} threads)", cpu_flops(), free
+        speed = math.inf
+    pools, links = pool_traffic(model, c, n), link_traffic(model, c, n)
+    moved = tokens / (c.micro_batch * m.block_size * n) * pools / speed
+    seconds = flops * tokens / (REACHED * peak * n)
     return table(
         model=f"{m.arch} {m.flavour}, {m.n_layer} layers, width {m.d_model}",
         weights=f"{amount(m.n_params())} stored, {amount(m.n_active_params())} active",
@@ -259,7 +354,11 @@ def plan(model, c, device):
         epoch=epoch,
         memory=f"{sum(memory.values()) / 1e9:.2f} GB a rank with shard={c.shard}, "
                f"recompute={c.recompute}: {in_gigabytes(memory)}; {free / 1e9:.1f} GB are {where}",
-        compute=f"{amount(flops)} FLOPs per token (6 N_active + 12 L D S), "
-                f"{flops * tokens:.2e} in all",
-        time=f"{span(flops * tokens / (REACHED * peak * n))} on {n} x {gpu}, "
-             f"if they reach {REACHED:.0%} of {peak / 1e12:.3g} TFLOP/s".replace("%", " %"))
+        fits=f"{room / 1e9:.0f} GB a rank, at the least traffic: "
+             f"{cheapest(model, c, n, 0.95 * room)}",
+        traffic=f"{links / 1e9:.2f} GB a micro-step from a rank to others; pools move "
+                f"{pools / 1e9:.1f} GB through its memory",
+        compute=f"{amount(flops)} FLOPs per token (6 N + 12 L D S), {flops * tokens:.2e} in all",
+        time=f"{span(seconds + moved)} on {n} x {gpu}, if they reach {REACHED:.0%} of "
+             f"{peak / 1e12:.3g} TFLOP/s".replace("%", " %")
+             + (f", {span(moved)} of it for the pools' traffic" if moved else ""))
