@@ -11,6 +11,6 @@ n_head = 16
 d_model = 1536
 n_experts = 192
 balance_coef = 2e-2  # the paper's value above 182M
-micro_batch = 8
-shard = "fsdp"
+micro_batch = 16  # a pool is read once a micro-step and layer: fewer of them
+shard = "ep"  # a rank owns 24 experts; --plan=8 compares
 recompute = True

@@ -287,9 +287,10 @@ def pool_traffic(model, c, n_ranks):
     pools = sum(p.numel() for p in model.pools.parameters()) if model.config.top_k else 0
     layers = len(model.config.moe_layers()) / max(1, len(model.pools))
     steps = accumulation_steps(c, model.config.block_size, n_ranks)
-    gradients = 14 * layers if c.shard in ("fsdp", "ep") else 12  # written and added, in fp32
+    # A gradient is written, read and added: once; a layer, in bf16; a layer, in fp32 with its cast.
+    gradients = {"fsdp": 8 * layers, "ep": 26 * layers}.get(c.shard, 18)
     own = n_ranks if c.shard == "ep" else 1
-    return pools / own * (6 * layers + 6 + gradients + 28 / steps)
+    return pools / own * (6 * layers + gradients + 28 / steps)
 
 
 def link_traffic(model, c, n_ranks):

@@ -101,7 +101,7 @@ def test_ep_sends_what_the_plan_says(recompute):
 
 def test_cheapest():
     """The least traffic among what fits; smaller micro-batches last; or none."""
-    model_config, config = memory.configured("unipool_978m")
+    model_config, config = memory.configured("unipool_978m", micro_batch=8)
     model = train.on_meta(model_config)
     of = lambda n, gigabytes: budget.cheapest(model, config, n, gigabytes * 1e9)
     assert of(8, 80) == "--shard=ep" and of(1, 1000) == "--shard=none"
