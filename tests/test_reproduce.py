@@ -6,23 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
-from statistics import stdev
 
 import pytest
-import torch
-from train_helpers import make_data, refused
+from train_helpers import environment, make_data, refused
 
-from lab import reproduce
-from losses import BALANCES
+import train
+from lab import claims, reproduce
 
 ROOT = Path(__file__).parent.parent
 REPRODUCE = [sys.executable, "-m", "lab.reproduce"]
+CONFIG = reproduce.ReproduceConfig()
 
 
 def model_config(name, size="cpu"):
-    return reproduce.configs_of(reproduce.settings_of(size, name)[0])[0]
+    return reproduce.configs_of(reproduce.settings_of(size, name, 1e-3)[0])[0]
 
 
 def n_router(config):
@@ -31,8 +29,8 @@ def n_router(config):
         per_layer = config.d_expert * config.infmoe_dz  # W_z
         densities = 1 if config.infmoe_mean else 2  # mu, and logvar where something is drawn
         per_layer += densities * (config.d_model + 1) * config.infmoe_dz
-    elif config.flavour == "dense":
-        per_layer = 0
+    elif config.flavour == "dense":  # GPT-2's FFN has biases, experts have none
+        per_layer = (config.d_ff + config.d_model) * config.bias
     else:
         per_layer = config.n_experts * config.d_model + (config.router == "norm")
     return config.n_layer * per_layer
@@ -41,58 +39,39 @@ def n_router(config):
 # ---- the table
 
 @pytest.mark.parametrize("size", reproduce.SIZES)
-@pytest.mark.parametrize("name", [*reproduce.EXPERIMENTS, *reproduce.sweep_names()])
-def test_every_run_is_a_valid_configuration(name, size):
-    special = reproduce.settings_of(size, name)[1]
-    assert model_config(name, size).n_layer >= 8  # a pool needs depth
-    assert special["tune"] is None or special["tune"] in reproduce.EXPERIMENTS
+def test_every_run_is_a_valid_configuration_of_a_swept_family(size):
+    for name in [*reproduce.SHOWN[size], *(f"lr/{family}/-1" for family in reproduce.SWEPT)]:
+        assert model_config(name, size).n_layer >= 4, name
+        assert reproduce.family_of(name) in reproduce.SWEPT, name
+    for family, name in reproduce.SWEPT.items():
+        assert reproduce.family_of(name) == family
 
 
 @pytest.mark.parametrize("count, names", [
-    ("n_active_params", "dense vanilla unipool vanilla-norm shared-pool unipool-G4 top2 pool2"),
-    ("n_active_params", "dense-12 vanilla-12 unipool-12"),
-    ("n_active_params", "dense switch-2 top2-of-4"),
-    ("n_active_params", "dense vanilla-16/2 unipool-16/2 vanilla-32/4 unipool-32/4"),
-    ("n_params", "vanilla unipool shared-layer unipool-G2 unipool-G8"),
-    ("n_params", "top2 pool2"), ("n_params", "vanilla-12 unipool-12"),
-    ("n_params", "dense-wide switch-2 top2-of-4 infmoe infmoe-no-topn"),
-    ("n_params", "vanilla vanilla-16/2 unipool-16/2 unipool-32/4")])
+    ("n_active_params", "dense vanilla unipool softmax-pool private-norm unipool-50% top2 "
+                        "top2-sp-cp top2-of-4 vanilla-thin unipool-thin"),
+    ("n_active_params", "vanilla-16/2 unipool-16/2"),
+    ("n_active_params", "gpt2-dense gpt2-top2-of-4"),
+    ("n_active_params", "dense@128x16 vanilla@128x16 unipool@128x16"),
+    ("n_params", "vanilla unipool softmax-pool private-norm dense-total unipool-G2"),
+    ("n_params", "vanilla-16/2 unipool-16/2"), ("n_params", "top2-of-4 infmoe"),
+    ("n_params", "gpt2-top2-of-4 gpt2-infmoe gpt2-no-noise")])
 def test_equal_parameters(count, names):
     configs = [model_config(name) for name in names.split()]
     assert len({getattr(c, count)() - n_router(c) for c in configs}) == 1
 
 
-@pytest.mark.parametrize("depth", ["", "-12"])
-@pytest.mark.parametrize("share", [67, 50, 33])
-def test_smaller_pools_have_the_share_they_say(depth, share):
-    pool, private = model_config(f"unipool{depth}-{share}%"), model_config(f"vanilla{depth}")
-    share_of_all = pool.n_experts / (private.n_layer * private.n_experts)
-    assert share_of_all == pytest.approx(share / 100, abs=0.006)
+def test_controls_of_infmoe_keep_the_neurons_that_two_masks_keep():
+    masks, noise = model_config("gpt2-no-mask"), model_config("gpt2-no-noise")
+    assert masks.d_expert == noise.d_expert * noise.infmoe_rate
+    assert masks.infmoe_rate == 1 and noise.d_expert == model_config("gpt2-infmoe").d_expert
 
 
-def test_claims_name_runs():
-    sides = [side.partition(":")[0] for _, _, *pair in reproduce.CLAIMS for side in pair]
-    assert set(sides) <= set(reproduce.EXPERIMENTS)
-    assert set("".join(claims for claims, _ in reproduce.EXPERIMENTS.values())) == set("abcdefgh23")
-
-
-def test_every_run_is_in_a_figure():
-    shown = {name for names in reproduce.FIGURES.values() for name in names.split()}
-    assert shown == set(reproduce.EXPERIMENTS)
-
-
-def test_a_claim_runs_what_it_compares():
-    """--only=a,b,e,f leaves no claim of a, b (e and f: their main rows) without its two runs."""
-    of = {name: reproduce.claims_of(claims) for name, (claims, _) in reproduce.EXPERIMENTS.items()}
-    for claim, text, *pair in reproduce.CLAIMS:
-        for side in pair:
-            assert any(c[0] == claim for c in of[side.partition(":")[0]]), (claim, text, side)
-
-
-@pytest.mark.parametrize("text, claims", [
-    ("a", ["a"]), ("abe2", ["a", "b", "e2"]), ("f2h", ["f2", "h"]), ("", [])])
-def test_claims_of(text, claims):
-    assert reproduce.claims_of(text) == claims
+def test_claims_name_runs_and_there_are_a_dozen():
+    sides = [side.partition(":")[0] for c in claims.CLAIMS + claims.BESIDE for side in c[1:3]]
+    assert set(sides) <= set(reproduce.PRIMARY) and len(claims.CLAIMS) == 12
+    assert {name for pair in claims.GAPS for name in pair} <= set(reproduce.PRIMARY)
+    assert {beside for beside, _ in reproduce.EXPLORED.values()} <= set(reproduce.EXPERIMENTS)
 
 
 # ---- one run
@@ -102,54 +81,54 @@ def tiny(monkeypatch, tmp_path):
     """A working folder with a small corpus, and runs of 12 steps."""
     monkeypatch.chdir(tmp_path)
     make_data(tmp_path / "data" / "words", n_train=20_001, n_val=3_000)
-    make_data(tmp_path / "data" / "prose", n_train=20_001, n_val=3_000)
-    size = dict(dataset="data/words", n_layer=8, n_head=2, d_model=16, d_ff=32, block_size=16,
+    size = dict(dataset="data/words", n_layer=4, n_head=2, d_model=16, d_ff=32, block_size=16,
                 batch_tokens=256, micro_batch=16, max_steps=12, warmup_steps=2, eval_every=4,
                 eval_tokens=256, save_every=4, log_every=1)
     monkeypatch.setitem(reproduce.SIZES, "cpu", reproduce.SIZES["cpu"] | size)
     return tmp_path
 
 
-def record_of(name, seed=1):
-    reproduce.run_one("cpu", name, seed)
-    return json.loads(reproduce.record_path("cpu", name, seed).read_text())
+def record_of(name, seed=1, config=CONFIG):
+    assert reproduce.run_one(config, name, seed, 4e-3)
+    return reproduce.load_records("cpu")[name, seed]
 
 
-MEASURED = {"vanilla": {"routing entropy", "path consistency", "random, all", "random, matched"},
-            "unipool": {"routing entropy", "path consistency", "unique experts", "random, all",
-                        "random, matched"},
-            "top2-sp-cp": {"routing entropy", "path consistency", "overlap"},
-            "infmoe": {*(f"loss at K={k}" for k in (1, 2, 4, 8)), "loss at z=mu"},
-            "infmoe-no-noise": set(), "dense": set()}
+BY_K, BY_TOP = {f"loss at K={k}" for k in (1, 2, 4, 8)}, {f"loss at top {k}" for k in (1, 2, 3, 4)}
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_a_run_leaves_a_record(tiny, name):
-    record = record_of(name)
-    assert set(record["measures"]) == MEASURED[name]
-    assert [point[0] for point in record["curve"]] == [1024, 2048, 3072]
-    assert record["tokens"] == 3072 and reproduce.check_record(record) == record
-    assert record["curve"][-1][2] == pytest.approx(record["val_loss"], abs=1e-5)
-    assert record["val_loss"] < record["curve"][0][2]  # it learns
-    assert record["n_active_params"] == model_config(name).n_active_params()
+@pytest.mark.parametrize("name, measured", [
+    ("dense", set()), ("unipool-50%", {"random, all", "random, matched"}),
+    ("gpt2-top2-of-4", BY_TOP), ("gpt2-infmoe", {*BY_K, "loss at z=mu", "union"}),
+    ("gpt2-no-noise", {"union"}), ("infmoe-anneal", {*BY_K, "loss at z=mu", "union"}),
+    ("no-ffn", set()), ("lr/switch/-3", {"random, all", "random, matched"})])
+def test_a_run_leaves_a_record_and_nothing_else(tiny, name, measured):
+    record = record_of(name, seed=101 if "lr" in name else 1)
+    steps = 6 if "lr" in name else 12
+    assert set(record["measures"]) == measured
+    assert [tokens for tokens, _ in record["curve"]] == [*range(1024, 256 * steps, 1024),
+                                                         256 * steps]
+    assert record["curve"][-1][1] == pytest.approx(record["val_loss"], abs=1e-5)
+    assert record["val_loss"] < 5.5 and record["n_params"] == model_config(name).n_params()
+    assert record["cpu_seconds"] > 0 and len(record["data"]) == 12 and record["machine"]
+    assert bool(record["routing"]) == (record["settings"]["flavour"] == "infmoe")
     assert str(tiny) not in json.dumps(record)  # it says nothing of the machine's folders
+    assert not list((tiny / "out/reproduce").iterdir())
+    if name == "gpt2-no-noise":
+        assert record["measures"]["union"] == reproduce.UNION
 
 
-def test_measures_that_claims_ask_for_exist(tiny):
-    sides = [side for _, _, *pair in reproduce.CLAIMS for side in pair]
-    asked = {tuple(side.split(":")) for side in sides if ":" in side}
-    for name in {name for name, _ in asked} - {"vanilla", "unipool", "top2-sp-cp", "infmoe"}:
+def test_claims_ask_for_what_runs_measure(tiny):
+    asked = {tuple(side.split(":")) for c in claims.CLAIMS + claims.BESIDE for side in c[1:3]
+             if ":" in side}
+    for name in {name for name, _ in asked}:
         assert {m for n, m in asked if n == name} <= set(record_of(name)["measures"])
-    for name, measure in asked:
-        assert measure in MEASURED.get(name, {measure})
 
 
 def test_a_stopped_run_goes_on(tiny, monkeypatch):
-    """Stopped after a checkpoint, it ends with the very record of a run that was not."""
-    whole = record_of("top2", seed=1)
-    (tiny / "results").rename(tiny / "first")
-    (tiny / "out").rename(tiny / "first_out")
-    import train
+    """Stopped after a checkpoint, it ends with the losses of a run that was not."""
+    whole = record_of("top2", config=reproduce.ReproduceConfig(keep=True))
+    reproduce.RECORDS.unlink()
+    (tiny / "out").rename(tiny / "first")
     honest, calls = train.train_step, []
 
     def fails_in_step_7(run, step):
@@ -160,305 +139,241 @@ def test_a_stopped_run_goes_on(tiny, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", fails_in_step_7)
     with pytest.raises(OSError, match="plug"):
-        record_of("top2", seed=1)
-    again = record_of("top2", seed=1)
+        record_of("top2")
+    assert train.train_step is fails_in_step_7 and not reproduce.load_records("cpu")
+    again = record_of("top2")
     assert calls[7:] == list(range(4, 12))  # from the checkpoint of step 4
-    assert again["val_loss"] == whole["val_loss"] and again["measures"] == whole["measures"]
+    same = ("val_loss", "curve", "measures", "settings")
+    assert {k: again[k] for k in same} == {k: whole[k] for k in same}
+    assert again["cpu_seconds"] is None  # a part of it was spent elsewhere
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_with(tiny, monkeypatch):
-    first = record_of("dense")
-    assert reproduce.is_done("cpu", "dense", 1)
+    first = record_of("dense", config=reproduce.ReproduceConfig(keep=True))
     monkeypatch.setitem(reproduce.SIZES, "cpu", reproduce.SIZES["cpu"] | dict(max_steps=16))
-    assert not reproduce.is_done("cpu", "dense", 1)
+    assert not reproduce.load_records("cpu")
     again = record_of("dense")
     assert again["settings"] == first["settings"] | {"max_steps": 16}
-    assert again["curve"][0] != first["curve"][0]
-    log = (tiny / "out/reproduce/cpu-dense-s1/log.csv").read_text()
-    assert len(log.splitlines()) == 1 + 16  # none of the first 12 rows
+    assert len(again["curve"]) == 4 and again["curve"][0] != first["curve"][0]
 
 
-@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
-def test_a_checkpoint_is_known_by_its_settings(tmp_path, name):
-    """config.json is compared with the table, fields that only the flavour sets included."""
-    settings, _ = reproduce.settings_of("cpu", name)
-    model, train = map(asdict, reproduce.configs_of(settings, seed=7))
-    (tmp_path / "config.json").write_text(json.dumps({"model": model, "train": train}))
-    assert not reproduce.holds(tmp_path, settings)  # no checkpoint
-    (tmp_path / "ckpt.pt").touch()
-    assert reproduce.holds(tmp_path, settings)
-    for other in ({"lr": 1.0}, {"dropout": 0.5}, {"block_size": 64}):
-        assert not reproduce.holds(tmp_path, settings | other)
-    other = {"model": model | {"balance_coef": 0.5}, "train": train}
-    (tmp_path / "config.json").write_text(json.dumps(other))
-    assert not reproduce.holds(tmp_path, settings)
+def test_a_run_that_diverges_has_learnt_nothing(tiny, monkeypatch):
+    def diverges(run, step):
+        return math.nan, 0.0, 1.0, {}
+
+    monkeypatch.setattr(train, "train_step", diverges)
+    record = record_of("lr/dense/3", seed=101)
+    assert record["val_loss"] == pytest.approx(math.log(257)) and "step 1" in record["diverged"]
 
 
-def test_fine_tuning_starts_from_the_run_it_names(tiny):
-    assert not reproduce.is_ready("cpu", "tune-top2", 1)
-    trained = record_of("top2")
-    assert reproduce.is_ready("cpu", "tune-top2", 1)
-    tuned = record_of("tune-top2")
-    assert tuned["settings"]["dataset"] == "data/prose" and tuned["settings"]["max_steps"] == 6
-    assert tuned["curve"][0][2] < trained["curve"][0][2] - 0.1  # it does not start from scratch
-    assert tuned["settings"]["lr"] == trained["settings"]["lr"] / 4
+def test_the_share_of_kept_neurons_falls_over_the_first_half(tiny, monkeypatch):
+    seen, honest = [], train.train_step
+
+    def looks(trainer, step):
+        seen.append(trainer.model.expert_layers()[0][1].n_keep[0])
+        return honest(trainer, step)
+
+    monkeypatch.setattr(train, "train_step", looks)
+    record_of("infmoe-anneal")
+    assert seen == [128, 112, 96, 80, 64, 48, *[32] * 6]
 
 
-def test_stale_pool_loss_uses_the_counts_of_the_call_before():
-    scores = [torch.rand(6, 4)]
-    counts = torch.tensor([[3.0, 1, 1, 1]]), torch.tensor([[0.0, 0, 0, 6]])
-    exact = BALANCES["pool"]
-    with reproduce.stale_pool_loss():
-        first, second = (BALANCES["pool"](scores, [c]) for c in counts)
-    assert BALANCES["pool"] is exact
-    assert first == second == exact(scores, [counts[0]]) != exact(scores, [counts[1]])
+# ---- rates, and which run is next
+
+def swept(records, family, lowest, rates, seeds=reproduce.SWEEP_SEEDS):
+    return records | {(f"lr/{family}/{k}", seed): dict(val_loss=1.5 + 0.01 * (k - lowest) ** 2)
+                      for k in rates for seed in seeds}
 
 
-def test_prose_is_docstrings(tmp_path):
-    file = tmp_path / "a.py"
-    file.write_text('"""One."""\nx = "not this"\n' 'def f():\n    """Two.\n\n    Three."""\n'
-                    'class C:\n    def g(self):\n        "Four"\n')
-    assert reproduce.docstrings(file) == "One.\n\nTwo.\n\nThree.\n\nFour"
-    file.write_text("def broken(:")
-    assert reproduce.docstrings(file) == ""
-    file.write_bytes(b'"""\xff"""')
-    assert reproduce.docstrings(file) == ""
+def test_a_sweep_goes_on_until_its_minimum_lies_inside():
+    runs = lambda records: {(name.split("/")[2], s) for name, s in
+                            reproduce.sweep(records, "dense")[0]}
+    assert runs({}) == {(k, s) for k in ("-2", "-1", "0") for s in (101, 102, 103)}
+    records = swept({}, "dense", -2.3, (-2, -1, 0))
+    assert runs(records) == {("-3", s) for s in (101, 102, 103)}
+    assert runs(swept({}, "dense", 0.4, (-2, -1, 0))) == {("1", s) for s in (101, 102, 103)}
+    assert reproduce.learning_rate(records, "cpu", "dense") is None
+    records = swept(records, "dense", -2.3, (-3,))
+    assert runs(records) == set()
+    assert reproduce.learning_rate(records, "cpu", "dense") == pytest.approx(
+        8e-3 * 2 ** (-2.3 / 2), rel=1e-2)
+    assert reproduce.learning_rate({}, "gpu", "dense") == 1e-3
 
 
-# ---- the report
-
-@pytest.mark.parametrize("freedom, t", reproduce.T_975.items())
-def test_students_t(freedom, t):
-    """2.5 % of Student's density lie beyond t: the density integrated from 0 to t."""
-    x = torch.linspace(0, t, 100_001, dtype=torch.float64)
-    density = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
-    density /= math.sqrt(freedom * math.pi)
-    inside = torch.trapezoid(density * (1 + x**2 / freedom) ** (-(freedom + 1) / 2), x)
-    assert 0.5 - inside.item() == pytest.approx(0.025, abs=2e-5)
-
-
-UNDECIDED = "undecided at this scale"
-
-
-@pytest.mark.parametrize("differences, common, verdict", [
-    ([-0.02, -0.03, -0.025], (0.0, 0), "holds"),
-    ([0.02, 0.03, 0.025], (0.0, 0), "does not hold here"),
-    ([-0.01, 0.02, 0.0], (0.0, 0), UNDECIDED), ([-0.5], (0.0, 0), UNDECIDED),
-    ([-0.1, -0.9, -0.2], (0.0, 0), UNDECIDED),  # all below zero, but t(2) = 4.3 is wide
-    ([-0.01] * 12, (0.0, 0), "holds"),
-    ([-0.01, -0.03, -0.02], (0.0, 0), UNDECIDED),  # t(2) s / sqrt(3) = 0.025
-    ([-0.01, -0.03, -0.02], (0.01, 60), "holds"),  # t(60) s / sqrt(3) = 0.012
-    ([-0.02, -0.0201, -0.0199], (0.05, 60), UNDECIDED),  # agreement by luck
-    ([-0.06, 0.04, -0.01], (0.001, 60), UNDECIDED),  # a pair that varies more
-    ([-0.5], (0.01, 60), UNDECIDED)])
-def test_verdicts(differences, common, verdict):
-    assert reproduce.verdict(differences, common) == verdict
+def test_the_first_seed_of_all_runs_comes_before_the_second():
+    first = reproduce.todo(CONFIG, {})
+    assert {run[0].split("/")[0] for run in first} == {"lr"}
+    assert [seed for _, seed, _ in first] == sorted(seed for _, seed, _ in first)
+    assert "lr/gpt2-infmoe-deep/-1" not in {name for name, *_ in first}  # explored later
+    records = {}
+    for family in reproduce.SWEPT:
+        records = swept(records, family, -1, (-2, -1, 0))
+    then = reproduce.todo(CONFIG, records)
+    assert [name for name, *_ in then[:18]] == list(reproduce.PRIMARY) and len(then) == 18 * 12
+    assert {(seed, lr) for _, seed, lr in then[:18]} == {(1, 5.66e-3)}
+    for name, seed, _ in then:
+        records[name, seed] = {}
+    assert {name for name, *_ in reproduce.todo(CONFIG, records)} == set(reproduce.EXPLORED)
 
 
-def losses(**of_runs):
-    return {(name, seed): {"val_loss": loss}
-            for name, row in of_runs.items() for seed, loss in enumerate(row, 1)}
+# ---- records and the report
 
-
-def test_common_spread():
-    additive = losses(dense=(1.0, 2.0, 4.0), vanilla=(1.5, 2.5, 4.5), unipool=(0.0, 1.0, 3.0))
-    assert reproduce.common_spread(additive) == (pytest.approx(0, abs=1e-12), 4)
-    # of two runs it is the deviation of their differences
-    two = losses(dense=(1.0, 2.0, 4.0), vanilla=(1.1, 2.5, 4.3))
-    assert reproduce.common_spread(two) == (pytest.approx(stdev([0.1, 0.5, 0.3])), 2)
-    two["unipool", 1] = {"val_loss": 9.0}  # one seed does not count
-    assert reproduce.common_spread(two)[1] == 2
-    for few in (losses(dense=(1.0, 2.0, 4.0)), {}):
-        assert reproduce.common_spread(few) == (0.0, 0)
-
-
-def test_common_spread_finds_the_deviation_that_was_put_in():
-    torch.manual_seed(0)
-    of_seed = torch.tensor([0.3, 0.0, -0.2])
-    runs = {name: (torch.randn(1) + of_seed + 0.01 * torch.randn(3)).tolist()
-            for name in reproduce.EXPERIMENTS}
-    deviation, freedom = reproduce.common_spread(losses(**runs))
-    assert freedom == 2 * (len(runs) - 1)
-    assert deviation == pytest.approx(0.01 * math.sqrt(2), rel=0.2)
-
-
-def write_record(name, seed, loss, **measures):
-    path = reproduce.record_path("cpu", name, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = reproduce.in_json(reproduce.settings_of("cpu", name)[0])
-    column = "balance" if seed % 2 else "imbalance"  # its name in older logs, and now
+def write_record(name, seed, loss, measures=None, **changed):
+    settings = reproduce.in_json(reproduce.settings_of("cpu", name, 4e-3)[0])
     record = dict(
-        run=name, size="cpu", seed=seed, settings=settings, val_loss=loss, n_params=1000,
-        n_active_params=500, tokens=2048, flops_per_token=3000, seconds=2.0, hardware="a CPU",
-        torch="2.13.0", commit="abc", curve=[[1024, 1.0, loss + 0.1], [2048, 2.0, loss]],
-        measures=measures, routing={column: 1.25})
-    path.write_text(json.dumps(record))
+        run=name, seed=seed, size="cpu", val_loss=loss, curve=[[1024, loss + 0.1], [2048, loss]],
+        measures=measures or {}, routing=[[1024, 0.9, 1.0, 0.1], [2048, 0.9, 0.5, 0.2]],
+        settings=settings, n_params=1000, n_active_params=500, flops_per_token=3000, data="abc",
+        machine="a CPU", commit="def")
+    reproduce.append_record(record | changed)
 
 
 def test_the_report_is_the_same_byte_for_byte(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for seed in (1, 2, 3):
-        write_record("dense", seed, 2.0 + seed / 100)
-        write_record("vanilla", seed, 1.9 + seed / 100 + seed / 1000)
-    write_record("unipool", 1, 1.8, **{"random, all": 0.5})
-    write_record("lr/dense/0.002", 1, 2.2)
-    reproduce.report("cpu")
-    files = {p.name: p.read_bytes() for p in Path("results").glob("claims*")}
-    reproduce.report("cpu")
-    assert files == {p.name: p.read_bytes() for p in Path("results").glob("claims*")}
-    text = files["claims.md"].decode()
-    sides = "`vanilla` 1.9220 ± 0.0110 | `dense` 2.0200 ± 0.0100"
-    assert f"{sides} | -0.0980 ± 0.0010 | 3 | holds" in text
-    assert "`unipool` 1.8000 | `vanilla` 1.9110 | -0.1110 | 1 | undecided at this scale" in text
-    assert "| `vanilla` |  |  |  |  | 1.250 |" in text  # what its routers do
-    assert "not run yet" in text and "**2.2000**" in text
-    assert set(files) >= {"claims.md"}
-
-
-def test_only_seeds_that_both_sides_have_are_compared(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for seed in (1, 3):
-        write_record("dense", seed, 2.0)
+    for seed in range(1, 13):
+        write_record("dense", seed, 2.0 + seed % 3 / 100)
+        write_record("vanilla", seed, 1.9 + seed % 5 / 100)
+        write_record("top2", seed, 1.5 + seed / 100)
+        write_record("top2-sp-cp", seed, 1.5 + seed / 100 + seed % 2 / 1000)
+        write_record("gpt2-infmoe", seed, 1.5 + seed / 100, {
+            f"loss at K={k}": 2.0 - k / 10 for k in (1, 2, 4, 8)})
     for seed in (1, 2):
-        write_record("vanilla", seed, 1.0)
-    assert reproduce.compare(reproduce.load_records("cpu"), "vanilla", "dense") == [(1.0, 2.0)]
+        write_record("unipool", seed, 1.8 + seed / 1000)
+        write_record("unipool-normalised", seed, 1.9)
+        write_record("vanilla@96x4", seed, 1.8)
+        write_record("dense@96x4", seed, 1.85)
+    for k, seed in ((k, s) for k in (-2, -1, 0) for s in reproduce.SWEEP_SEEDS):
+        write_record(f"lr/dense/{k}", seed, 1.5 + 0.01 * (k + 1) ** 2)
+    claims.report("cpu")
+    files = {p.name: p.read_bytes() for p in Path("results").glob("claims*")}
+    claims.report("cpu")
+    assert files == {p.name: p.read_bytes() for p in Path("results").glob("claims*")}
+    assert len(files) == 5
+    text = files["claims.md"].decode()
+    rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row[:2] == "| "}
+    assert rows["MoE below dense, equal active"].endswith("| holds |")
+    assert "so far: holds" in rows["UniPool below vanilla, equal stored"]
+    last = rows["Specialization + coupling lower the loss"]
+    assert last.endswith("| no difference beyond 0.005 |") and "+0.0005 [" in last
+    assert rows["infinity-MoE below dense (GPT-2)"].endswith("| 0 |  | not run yet |")
+    assert "**0 of 12 seeds" in text and "+0.0990" in rows["`unipool-normalised`"]  # seed 1 alone
+    assert "0.004: 1.5100, 0.00566: 1.5000, 0.008: 1.5100 | 0.00566" in rows["dense"]
+    assert "0.00M" in rows["`vanilla` - `dense`"]  # below zero from the first evaluation on
 
 
-def test_records_of_other_settings_are_left_out(tmp_path, monkeypatch):
+def test_only_pairs_and_fixed_seeds_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 2, 3, 13):
+        write_record("top2", seed, 1.5 + seed)
+    for seed in (2, 3, 4, 13):
+        write_record("top2-sp-cp", seed, 1.0 + seed)
+    *_, (_, left, right, d, *_) = claims.judged(reproduce.load_records("cpu"), claims.CLAIMS, "cpu")
+    assert (left, right) == ([3.0, 4.0], [3.5, 4.5]) and d.mean == -0.5
+
+
+def test_records_of_other_settings_are_left_out_and_doubles_count_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_record("dense", 1, 2.0)
-    write_record("lr/dense/0.002", 1, 2.0)
-    path = reproduce.record_path("cpu", "dense", 1)
-    record = json.loads(path.read_text())
-    for key, other in (("run", "no such run"), ("settings", record["settings"] | {"lr": 1.0})):
-        changed = record | {key: other, "seed": 2}
-        path.with_name("cpu-other-s2.json").write_text(json.dumps(changed))
-        assert set(reproduce.load_records("cpu")) == {("dense", 1), ("lr/dense/0.002", 1)}
+    write_record("dense", 1, 3.0)
+    write_record("dense", 2, 2.0, run="no such run")
+    write_record("dense", 3, 2.0, settings={"lr": 1.0})
+    write_record("dense", 4, 2.0, size="gpu")
+    assert {k: r["val_loss"] for k, r in reproduce.load_records("cpu").items()} == {
+        ("dense", 1): 2.0}
 
 
-DAMAGED = {"empty": b"", "cut": b'{"run": "dense", "seed": 2', "list": b"[]", "number": b"1e999",
-           "binary": bytes(range(256)), "deep": b"[" * 100_000, "no settings": {"settings": None},
-           "loss is text": {"val_loss": "2.0"}, "loss is NaN": {"val_loss": math.nan},
-           "curve of text": {"curve": ["abc"]}}
-
-
-@pytest.mark.parametrize("how", DAMAGED)
-def test_a_damaged_record_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys, how):
+@pytest.mark.parametrize("damage", [
+    b'{"run": "dense", "seed": 2', b"[]", b"1e999", bytes(range(11, 256)), b"[" * 100_000,
+    {"settings": None}, {"val_loss": "2.0"}, {"val_loss": math.nan}, {"curve": ["abc"]}],
+    ids=lambda d: str(d)[:20])
+def test_a_damaged_line_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys, damage):
+    """A write that a kill cut short, too: the next record begins a line of its own."""
     monkeypatch.chdir(tmp_path)
     write_record("dense", 1, 2.0)
-    write_record("dense", 2, 2.0)
-    path = reproduce.record_path("cpu", "dense", 2)
-    damage = DAMAGED[how]
     if isinstance(damage, dict):
-        damage = json.dumps(json.loads(path.read_text()) | damage).encode()
-    path.write_bytes(damage)
-    assert set(reproduce.load_records("cpu")) == {("dense", 1)}
-    assert reproduce.is_done("cpu", "dense", 1) and not reproduce.is_done("cpu", "dense", 2)
-    error = capsys.readouterr().err.splitlines()
-    assert len(error) == 2 and all(line.startswith(f"{path} is damaged") for line in error)
+        write_record("dense", 2, 2.0, **damage)
+    else:
+        with open(reproduce.RECORDS, "ab") as f:
+            f.write(damage)
+    write_record("dense", 3, 2.0)
+    assert set(reproduce.load_records("cpu")) == {("dense", 1), ("dense", 3)}
+    assert "line 2 is damaged and left out" in capsys.readouterr().err
 
 
-def test_committed_records_are_whole(monkeypatch, capsys):
+def test_committed_records_are_whole_and_the_report_is_theirs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert len(reproduce.load_records("cpu")) == 139 and not capsys.readouterr().err
+    records = reproduce.load_records("cpu")
+    text = "\n".join(claims.report_lines("cpu", records)) + "\n"
+    assert not capsys.readouterr().err and text == Path("results/claims.md").read_text()
 
+
+# ---- many runs
 
 def test_a_lock_counts_while_its_process_lives(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert not reproduce.timing()
+    assert not reproduce.is_timing()
     (tmp_path / "out").mkdir()
     lock = tmp_path / "out" / "timing.lock"
     lock.write_text(str(os.getpid()))
-    assert reproduce.timing()
+    assert reproduce.is_timing()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for text in (str(gone.pid), ""):
         lock.write_text(text)
-        assert not reproduce.timing()
+        assert not reproduce.is_timing()
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--only=tune-top2", "--seeds=1"], "tune-top2 seed 1 tunes the model of top2"),
-    (["--only=nonsense"], "nonsense is no claim"), (["--only=,"], "only=,"),
-    (["--sedes=1"], "did you mean --seeds"), (["--child=nonsense"], "no experiment nonsense"),
-    (["--report"], "no records of size cpu"), (["--size=tpu"], "size=tpu"),
-    (["--jobs=0"], "jobs=0"), (["--minutes=-1"], "minutes=-1"),
-    (["--threads=0"], "threads=0"), (["--threads=9999"], "threads=9999"),
-    (["--seeds="], "seeds=()"), (["--seeds=-1"], "seeds=(-1,)"),
+    (["--only=nonsense"], "only=nonsense"), (["--only=,"], "only=,"),
+    (["--sedes=1"], "did you mean --seeds"), (["--report"], "no records of size cpu"),
+    (["--size=tpu"], "size=tpu"), (["--minutes=-1"], "minutes=-1"),
+    (["--seeds=-1"], "seeds=(-1,)"), (["--seeds=101"], "seeds=(101,)"),
     (["--seeds=1.5"], "seeds=(1.5,)"), (["--seeds=a"], "seeds")])
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused(reproduce.main, words, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("word, first, n", [
-    ("--only=a", "dense ", 7), ("--sweep", "lr/dense/0.001 ", 20)])
-def test_list_shows_what_was_asked_for(tmp_path, word, first, n):
-    command = [*REPRODUCE, "--list", word]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.startswith(first) and len(run.stdout.splitlines()) == n
-    assert run.returncode == 0
+def test_list_shows_what_was_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_record("unipool", 2, 1.0)
+    reproduce.show_list(reproduce.ReproduceConfig(only="unipool,grid", seeds=(1, 2)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["unipool", "1", "of", "2", "seeds"] and len(lines) == 1 + 32
 
 
-@pytest.mark.slow
-def test_a_deadline_stops_and_the_next_call_resumes(tmp_path):
-    """Time ends in the middle of a run, SIGTERM saves it, and a later call goes on from there."""
-    words = [*REPRODUCE, "--only=dense", "--seeds=1", "--minutes=0.35"]
-    first, second = (subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-                     for _ in range(2))
-    assert "dense seed 1: stopped, resumes next time" in first.stdout and first.returncode == 0
-    rows = (tmp_path / "out/reproduce/cpu-dense-s1/log.csv").read_text().splitlines()[1:]
-    steps = [int(row.split(",")[0]) for row in rows]
-    assert "stopped, resumes next time" in second.stdout
-    assert steps == sorted(set(steps)) and len(steps) > 5
+def rows_of(folder):
+    log = next(folder.glob("out/reproduce/*/log.csv"), None)
+    return log.read_text().splitlines()[1:] if log else []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("number, paused", [
-    (signal.SIGINT, False), (signal.SIGKILL, True),
-    pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
-    pytest.param(signal.SIGKILL, False, marks=pytest.mark.slow)])
-def test_no_run_outlives_its_runner(tmp_path, number, paused):
-    """Two runs, stopped by Ctrl-C (as a terminal sends it: to the group), TERM or kill -9."""
+@pytest.mark.skipif(sys.platform != "linux", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_or_stopped_runner_leaves_nothing_wrong(tmp_path, number):
+    """Real processes on the real size; a second one keeps off the run of the first."""
     make_data(tmp_path / "data" / "stdlib", n_train=200_001, n_val=70_000)
-    folders = [tmp_path / f"out/reproduce/cpu-dense-s{seed}" for seed in (1, 2)]
-    words = [*REPRODUCE, "--only=dense", "--seeds=1,2", "--jobs=2"]
-    runner = subprocess.Popen(
-        words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not all(len(lines(folder / "log.csv")) > 1 for folder in folders):
-        assert runner.poll() is None
+    start = lambda: subprocess.Popen(
+        [*REPRODUCE, "--only=dense", "--seeds=1"], cwd=tmp_path, env=environment(),
+        stderr=subprocess.PIPE, text=True)
+    first, second = start(), start()
+    while len(rows_of(tmp_path)) < 1:
+        assert first.poll() is None and second.poll() is None
         time.sleep(0.2)
-    children = Path(f"/proc/{runner.pid}/task/{runner.pid}/children").read_text().split()
-    assert len(children) == 2
-    if paused:
-        (tmp_path / "out" / "timing.lock").write_text(str(os.getpid()))
-        while not all(" (stopped)" in Path(f"/proc/{pid}/status").read_text() for pid in children):
-            time.sleep(0.1)
-    (os.killpg if number == signal.SIGINT else os.kill)(runner.pid, number)
-    error = runner.communicate(timeout=60)[1]
-    assert runner.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert "Traceback" not in error
-    time.sleep(0.5)
-    assert not any(is_running(pid) for pid in children)
-    if number != signal.SIGKILL:
-        assert all((folder / "ckpt.pt").exists() for folder in folders)  # they saved first
-
-
-def lines(path):
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def is_running(pid):
-    try:
-        return " (zombie)" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def test_an_interrupt_before_the_runs_begin_is_quiet(tmp_path):
-    process = subprocess.Popen([*REPRODUCE, "--only=dense"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert "preparing" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in error
+    folders = [p for p in (tmp_path / "out/reproduce").iterdir() if p.suffix != ".lock"]
+    assert len(folders) == 2
+    if number == signal.SIGTERM:
+        for child in (first, second):
+            child.send_signal(signal.SIGSTOP)
+        stopped = len(rows_of(tmp_path))
+        time.sleep(2)
+        assert len(rows_of(tmp_path)) == stopped
+        for child in (first, second):
+            child.send_signal(signal.SIGCONT)
+    for child in (first, second):
+        child.send_signal(number)
+        error = child.communicate(timeout=120)[1]
+        assert "Traceback" not in error
+        assert child.returncode in (-number, 128 + number)
+    if number == signal.SIGTERM:
+        assert (folders[0] / "ckpt.pt").exists()  # it saved first
+    assert not (tmp_path / "results/runs.jsonl").exists()
