@@ -53,7 +53,7 @@ bench: $(READY)
 	$(PYTHON) -m lab.bench all
 
 gpu-check: $(TOOLS)
-	$(PYTHON) -m lab.bench gpu_check
+	$(PYTHON) -m lab.gpu_check
 
 clean:
 	rm -rf out data .venv .cache

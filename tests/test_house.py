@@ -42,8 +42,8 @@ def test_imports_point_one_way(path):
 
 
 @pytest.mark.parametrize("room", ["losses", "moe", "model", "kernels", "train", "probe", "sample",
-                                  "prepare_data", "configurator", "lab.bench", "lab.reproduce",
-                                  "lab.evaluate"])
+                                  "prepare_data", "configurator", "lab.bench", "lab.gpu_check",
+                                  "lab.reproduce", "lab.evaluate"])
 def test_importing_a_room_changes_nothing(room):
     """No environment variable, no warning filter, no Triton without a GPU, no optional package."""
     code = f"""if True:

@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ from kernel_helpers import (
 )
 
 import kernels
-from lab import bench
+from lab import bench, gpu_check
 from model import GPT, ModelConfig
 from support import cpu
 
@@ -560,17 +562,10 @@ def test_gpu_compiles_in_one_graph():
 @pytest.mark.gpu
 def test_gpu_memory_of_a_layer():
     """Gather fused, activations recomputed: at most 0.6 of what the layer over grouped_mm needs."""
-    inputs = expert_inputs(8192, 512, 2048, 8, 1, "swiglu", dtype=torch.bfloat16, device="cuda")
-    weights = sum(a.numel() * a.element_size() for a in inputs if a.requires_grad)
-    peak = {}
-    layers = {"triton": lambda: kernels.expert_ffn(*inputs, "swiglu", "triton")[0],
-              "grouped_mm": lambda: bench.experts_by_grouped_mm(*inputs)}
-    for name, layer in layers.items():
-        for _ in range(2):  # the first step compiles
-            for a in inputs:
-                a.grad = None
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            layer().sum().backward()
-            peak[name] = torch.cuda.max_memory_allocated() - before - weights
-    assert peak["triton"] <= 0.6 * peak["grouped_mm"], peak
+    table = SimpleNamespace(device="cuda", dtype=torch.bfloat16)
+    inputs = bench.leaves(table, (8192, 512), (8, 512), (8, 4096, 512), (8, 512, 2048))
+    triton = partial(bench.moe_layer, experts=partial(kernels.expert_ffn, backend="triton"))
+    ours, theirs = (
+        gpu_check.peak_bytes(bench.forward_backward(partial(layer, top_k=1), *inputs), inputs)
+        for layer in (triton, gpu_check.by_grouped_mm))
+    assert ours <= 0.6 * theirs
