@@ -338,7 +338,8 @@ class Step:
     def backward(self):
         tokens, low = self.tokens, self.dtype != torch.float32
         with torch.autocast(tokens.device.type, self.dtype, enabled=low):
-            loss = self.loss(self.forward(tokens[:, :-1], tokens[:, 1:]))
+            out = self.forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            loss = self.loss(out)
         loss.backward()
         return loss.detach()
 
