@@ -28,7 +28,7 @@ from torch import Tensor
 
 from support import cpu, mask_kernels, ops
 from support.mask_kernels import INTERPRETED, act_backward_tile, act_tile, jit, tl, triton, tuned
-from support.ops import activate, kept, sort_by_expert, undo_order
+from support.ops import activate, kept, merge_layers, sort_by_expert, undo_order
 
 BACKENDS = ("auto", "loop", "grouped", "triton")
 
@@ -230,11 +230,13 @@ def act_backward_kernel(
        key=["OUT", "IN"])
 @jit
 def weight_grad_kernel(
-    grad, a, dw, token, ends,             # (., OUT), (., IN), (E, OUT, IN), row -> token (N,), (E,)
+    grad, a, dw,                          # (., OUT), (., IN), (E, OUT, IN)
+    grad_row, a_row, ends,                # row -> row of grad, of a (N,) where gathered; (E,)
     OUT: tl.constexpr, IN: tl.constexpr, GATHER_GRAD: tl.constexpr, GATHER_A: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """dw[e] = sum over the rows n of expert e of grad[n]^T a[n]; one is gathered by token."""
+    """dw[e] = sum over the rows n of expert e of grad[n]^T a[n]; gathered by token, or
+    from the layers of a pool."""
     expert = tl.program_id(1)
     o_block, i_block = tile_of_program(tl.cdiv(OUT, BLOCK_M), tl.cdiv(IN, BLOCK_N))
     begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
@@ -246,11 +248,10 @@ def weight_grad_kernel(
     for start in range(begin, end, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         row_ok = row < end
-        source = tl.load(token + row, mask=row_ok, other=0).to(tl.int64)
-        g_row = source if GATHER_GRAD else row.to(tl.int64)
-        a_row = source if GATHER_A else row.to(tl.int64)
-        g_ptr = grad + (g_row[None, :] * OUT + o[:, None])
-        b_ptr = a + (a_row[:, None] * IN + i[None, :])
+        g_source = tl.load(grad_row + row, mask=row_ok, other=0) if GATHER_GRAD else row
+        a_source = tl.load(a_row + row, mask=row_ok, other=0) if GATHER_A else row
+        g_ptr = grad + (g_source[None, :].to(tl.int64) * OUT + o[:, None])
+        b_ptr = a + (a_source[:, None].to(tl.int64) * IN + i[None, :])
         g = tl.load(g_ptr, mask=row_ok[None, :] & o_ok, other=0.0)
         b = tl.load(b_ptr, mask=row_ok[:, None] & i_ok, other=0.0)
         acc = tl.dot(g, b, acc, input_precision=PRECISION)
@@ -300,13 +301,14 @@ def launch_down(a, w, gate, tiles, top_k, transposed):
     return out if top_k == 1 else out.view(-1, top_k, d).sum(1)
 
 
-def launch_weight_grad(grad, a, w, tiles, gather_grad):
+def launch_weight_grad(grad, a, w, grad_row, a_row, ends):
     dw, (n_experts, rows, columns) = torch.empty_like(w), w.shape
-    block_m = 32 if INTERPRETED else 128 if w.element_size() == 2 else 64
+    block_m = 32 if INTERPRETED else 128 if grad.element_size() == 2 else 64
     n_blocks = triton.cdiv(rows, block_m)
     weight_grad_kernel[lambda meta: (n_blocks * triton.cdiv(columns, meta["BLOCK_N"]), n_experts)](
-        grad, a, dw, tiles.token, tiles.ends, OUT=rows, IN=columns, GATHER_GRAD=gather_grad,
-        GATHER_A=not gather_grad, PRECISION=precision(), BLOCK_M=block_m)
+        grad, a, dw, ends if grad_row is None else grad_row, ends if a_row is None else a_row, ends,
+        OUT=rows, IN=columns, GATHER_GRAD=grad_row is not None, GATHER_A=a_row is not None,
+        PRECISION=precision(), BLOCK_M=block_m)
     return dw
 
 
@@ -331,12 +333,17 @@ def experts_backward(dy, d_acts, x, weights, w_in, w_out, order, ends, h, activa
         dy, w_out, h, dh, gated_act, d_gate, weights, h if d_acts is None else d_acts,
         tiles.token, tiles.slot, *tiles[1:5], n, D=d, F=f, SWIGLU=activation == "swiglu",
         HAS_DACT=d_acts is not None, PRECISION=precision(), BLOCK_M=tiles.block_m)
-    dw_out = launch_weight_grad(dy, gated_act, w_out, tiles, gather_grad=True)
-    del gated_act
-    dw_in = launch_weight_grad(dh, x, w_in, tiles, gather_grad=False)
     dx = launch_down(dh, w_in, None, tiles, k, transposed=True)
     d_weights = undo_order(d_gate.sum(0).to(weights.dtype), order).view_as(weights)
-    return dx, d_weights, dw_in, dw_out
+    return dx, d_weights, gated_act, dh
+
+
+def weight_grads(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out):
+    """Of one layer, or of all layers of a pool: the longer the product, the fewer weights a row."""
+    place, token, ends = merge_layers(tokens, all_ends, len(xs[0]))
+    x, dy, act, dh = (of[0] if place is None else torch.cat(of) for of in (xs, dys, acts, dhs))
+    dw_in = launch_weight_grad(dh, x, w_in, place, token, ends)
+    return dw_in, launch_weight_grad(dy, act, w_out, token, place, ends)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -345,6 +352,7 @@ def experts_backward(dy, d_acts, x, weights, w_in, w_out, order, ends, h, activa
 STEPS = {  # step: (Triton's function, torch's), with the same arguments and results
     "experts_forward": (experts_forward, cpu.experts_forward),
     "experts_backward": (experts_backward, cpu.experts_backward),
+    "weight_grads": (weight_grads, cpu.weight_grads),
 } | {name: (getattr(mask_kernels, name), getattr(cpu, name))
      for name in ("masks", "masks_backward", "thresholds", "decode")}
 
@@ -363,7 +371,7 @@ def choose_backend(x: Tensor) -> tuple[str, str]:
 def dispatch(step, backend, *arguments):
     """A step: Triton's for "triton", torch's for "grouped", what can be trusted for "auto"."""
     if backend == "auto":
-        backend = choose_backend(arguments[0])[0]
+        backend = choose_backend(first_of(arguments))[0]
         if backend == "triton" and not trusted(step, arguments):
             backend = "grouped"
     return STEPS[step][backend != "triton"](*arguments)
@@ -372,9 +380,13 @@ def dispatch(step, backend, *arguments):
 _trusted = {}  # (step, device, dtype, shapes) -> whether the kernel's first result was torch's
 
 
+def first_of(arguments):
+    return arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+
+
 def trusted(step, arguments):
     """Whether the kernel agreed with torch when it met this shape first. If not, say so once."""
-    x, shapes = arguments[0], [tuple(a.shape[1:]) for a in arguments if isinstance(a, Tensor)]
+    x, shapes = first_of(arguments), [a.shape[1:] for a in arguments if isinstance(a, Tensor)]
     key = (step, x.device, x.dtype, *shapes)
     if key not in _trusted:
         in_triton, in_torch = STEPS[step]
@@ -403,7 +415,8 @@ def distance(a, b):
 
 
 step = {name: partial(dispatch, name) for name in STEPS}
-experts_op = ops.make_experts(step["experts_forward"], step["experts_backward"])
+experts_op, tickets_op = ops.make_experts(
+    step["experts_forward"], step["experts_backward"], step["weight_grads"])
 masked_op = ops.make_masked(step["masks"], step["masks_backward"], cpu.linear)
 thresholds_op = ops.make_thresholds(step["thresholds"])
 decode_op = ops.make_decode(step["decode"], cpu.transposed)
@@ -415,7 +428,7 @@ decode_op = ops.make_decode(step["decode"], cpu.transposed)
 
 def expert_ffn(
     x: Tensor, weights: Tensor, ids: Tensor, w_in: Tensor, w_out: Tensor, activation: str,
-    backend: str = "auto", keep_activations: bool = False,
+    backend: str = "auto", keep_activations: bool = False, tickets: tuple = (),
 ) -> tuple[Tensor, Tensor | None]:
     """
     The experts after routing: y[t] = sum_k weights[t,k] * w_out[e] act(w_in[e] x[t]), e = ids[t,k].
@@ -424,7 +437,8 @@ def expert_ffn(
     (E, F, D) for "gelu", (E, 2F, D) = [gate; up] rows for "swiglu"; w_out (E, D, F). Returns y
     (T, D) and, if keep_activations, activations before gate and w_out (T, K, F), else None.
     Differentiable in x, weights, w_in, w_out; an expert that no token chose gets exact zeros. Under
-    autocast it computes in autocast's dtype. Raises ValueError where arguments do not fit.
+    autocast it computes in autocast's dtype. tickets: see open_pool. Raises ValueError where
+    arguments do not fit.
     """
     t, (e, d, f), wide = x.shape[0], w_out.shape, 2 if activation == "swiglu" else 1
     check(activation, backend, x, (t, d), w_out=(w_out, (e, d, f)), w_in=(w_in, (e, wide * f, d)))
@@ -432,10 +446,33 @@ def expert_ffn(
         shapes = f"ids {tuple(ids.shape)}, weights {tuple(weights.shape)}"
         raise ValueError(f"{shapes}: expected ({t}, K) both, T = {t} as in x")
     x, w_in, w_out = (a.to(working_dtype(x)) for a in (x, w_in, w_out))
-    y, _, acts = experts_op(
+    y, acts = experts_op(
         backend, x.contiguous(), weights.contiguous(), w_in, w_out, *sort_by_expert(ids, e),
-        activation, needs_gradient(x, weights, w_in, w_out), keep_activations)
+        activation, needs_gradient(x, weights, w_in, w_out), keep_activations, *tickets)
     return y, acts.view(*ids.shape, f) if keep_activations else None
+
+
+def open_pool(
+    w_in: Tensor, w_out: Tensor, n_layers: int, x: Tensor, top_k: int, backend: str = "auto",
+) -> list[tuple]:
+    """
+    For each of n_layers that will share a pool in this forward pass: w_in, w_out and tickets, which
+    expert_ffn takes in their place. x (T, D): shape and dtype of the layers' inputs.
+
+    Were the weights passed plainly, each layer's backward pass would write a gradient as large as
+    the pool, and autograd would add them: a pool grows with the depth, so this traffic grows with
+    its square. Instead layers keep the two factors of every product dw = grad^T input, and hand
+    them over as the "gradients" of their tickets; when the last has come, one product over all
+    layers' rows gives the pool's gradient, summed in float32, once.
+    """
+    if not needs_gradient(w_in, w_out):
+        return [(w_in, w_out, ())] * n_layers
+    dtype, (t, d), (f, wide) = working_dtype(x), x.shape, (w_out.shape[2], w_in.shape[1])
+    n = t * top_k
+    shapes = (t, d), (t, d), (n, f), (n, wide), (n,), (len(w_in),)
+    tickets = tickets_op(backend, w_in, w_out, shapes, n_layers, dtype)
+    w_in, w_out = (w.detach().to(dtype) for w in (w_in, w_out))  # one cast for all layers
+    return [(w_in, w_out, tickets[i:i + 6]) for i in range(0, len(tickets), 6)]
 
 
 def masked_ffn(
@@ -468,7 +505,7 @@ def masked_ffn(
     w_in, w_out = w_in.to(dtype), w_out.to(dtype)
     if n_keep is None:  # then the mask is linear in z
         return F.linear(activate(F.linear(x, w_in), activation) * F.linear(z.mean(1), w_z), w_out)
-    return masked_op(backend, x, z, w_in, w_out, w_z, n_keep, activation, save)[0]
+    return masked_op(backend, x, z, w_in, w_out, w_z, n_keep, activation, save)
 
 
 def topn_mask(scores: Tensor, n_keep: int, backend: str = "auto") -> Tensor:

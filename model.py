@@ -317,6 +317,14 @@ class GPT(nn.Module):
         groups = self.config.pool_groups
         return self.pools[i * groups // len(self.config.moe_layers())] if groups else None
 
+    def open_pools(self, x):
+        """The pool that each layer with experts calls in this forward pass, or None; x (T, D)."""
+        n = len(self.config.moe_layers())
+        if not all(hasattr(pool, "open") for pool in self.pools) or not self.pools:
+            return [self.pool_of(i) for i in range(n)]
+        layers = n // len(self.pools)
+        return [use for pool in self.pools for use in pool.open(layers, x, self.config.top_k)]
+
     def expert_layers(self) -> list[tuple[moe.MoE, nn.Module]]:
         """The layers with experts, each with the bank that does its work."""
         layers = [block.ffn for block in self.blocks if isinstance(block.ffn, moe.MoE)]
@@ -360,9 +368,9 @@ class GPT(nn.Module):
 
     def _blocks(self, x, rope, seeds, token_ids, cache, keep_activations):
         """x (B, S, D) -> x, and routings and activations, one each per layer with experts."""
-        routings, activations = [], []
+        routings, activations, pools = [], [], self.open_pools(x.flatten(0, 1))
         for block in self.blocks:
-            pool = self.pool_of(len(routings)) if isinstance(block.ffn, moe.MoE) else None
+            pool = pools[len(routings)] if isinstance(block.ffn, moe.MoE) else None
             args = x, pool, rope, seeds, token_ids, cache, keep_activations
             if self.recompute and torch.is_grad_enabled():
                 x, routing, kept = checkpoint(block, *args, use_reentrant=False)

@@ -232,6 +232,7 @@ class ExpertBank(nn.Module):
     rather than none (DDP would wait for it forever). No biases, as in the papers' models.
     """
     exportable = True  # transformers has such experts
+    one_gradient = True  # of a pool, for all layers together (kernels.open_pool)
 
     def __init__(self, d_model: int, d_expert: int, n_experts: int, activation: str,
                  backend: str = "auto"):
@@ -249,12 +250,20 @@ class ExpertBank(nn.Module):
         """Parameters that one use of the bank reads: those of the chosen experts."""
         return n_choices * (self.w_in[0].numel() + self.w_out[0].numel())
 
-    def forward(self, x, routing, keep_activations=False):
+    def open(self, n_layers, x, top_k):
+        """For each layer of a forward pass what it calls as this bank; x (T, D) like its input."""
+        if self.backend == "loop" or not self.one_gradient:
+            return [self] * n_layers
+        opened = kernels.open_pool(self.w_in, self.w_out, n_layers, x, top_k, self.backend)
+        return [functools.partial(self, opened=weights) for weights in opened]
+
+    def forward(self, x, routing, keep_activations=False, opened=None):
         """x (T, D) -> y (T, D), activations (T, K, F) or None: y = sum_k weights_k expert_k(x)."""
-        arguments = x, routing.weights, routing.ids, self.w_in, self.w_out, self.activation
+        w_in, w_out, tickets = opened or (self.w_in, self.w_out, ())
+        arguments = x, routing.weights, routing.ids, w_in, w_out, self.activation
         if self.backend == "loop":
             return expert_ffn_loop(*arguments, keep_activations)
-        return kernels.expert_ffn(*arguments, self.backend, keep_activations)
+        return kernels.expert_ffn(*arguments, self.backend, keep_activations, tickets)
 
 
 BANKS = {"ffn": ExpertBank}  # kinds of discrete experts; all are made as ExpertBank is

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from support.ops import activate, activate_backward, kept, undo_order
+from support.ops import activate, activate_backward, kept, merge_layers, undo_order
 
 # ------------------------------------------------------------------------------------------------
 # 1. The process: memory pages, and what may be compiled
@@ -89,7 +89,10 @@ def at_once(x, w_in, w_out, order):
 
 def sum_choices(rows, order, top_k):
     """rows (N, D) in expert order -> (T, D), in a fixed order, unlike index_add_ on a GPU."""
-    return undo_order(rows, order).view(-1, top_k, rows.shape[1]).sum(1)
+    place = torch.empty_like(order)  # of an assignment among the rows
+    place[order] = torch.arange(len(order), device=order.device)
+    rows = rows.index_select(0, place)
+    return rows if top_k == 1 else rows.view(-1, top_k, rows.shape[1]).sum(1)
 
 
 def experts_forward(x, weights, w_in, w_out, order, ends, activation, save, keep):
@@ -105,25 +108,35 @@ def experts_forward(x, weights, w_in, w_out, order, ends, activation, save, keep
 
 
 def experts_backward(dy, d_acts, x, weights, w_in, w_out, order, ends, h, activation):
-    """The backward step. A product over no rows writes zeros: idle experts need no care."""
+    """The backward step: of x and gates, and the factors of the weights' gradients."""
     if not at_once(x, w_in, w_out, order):
         return backward_one_by_one(
             dy, d_acts, x, weights, w_in, w_out, order, ends, h, activation)
-    token, gate = order // weights.shape[1], weights.reshape(-1)[order, None].to(x.dtype)
-    x_e, dy_e = x.index_select(0, token), dy.index_select(0, token)  # (N, D)
-    g = F.grouped_mm(dy_e, w_out, offs=ends)  # (N, F), before the gate
-    d_act = g * gate if d_acts is None else g * gate + d_acts.index_select(0, order)
-    act, dh = activate_backward(h, d_act, activation)
-    d_gate = weights.new_empty(order.numel())
-    d_gate[order] = torch.linalg.vecdot(g, act).to(d_gate.dtype)
-    dw_out = F.grouped_mm(dy_e.mul_(gate).T, act, offs=ends)
-    dw_in = F.grouped_mm(dh.T, x_e, offs=ends)
-    if x.is_cuda:  # some GPUs leave the result of an empty group unwritten (pytorch issue 172439)
+    gate = weights.reshape(-1)[order, None].to(x.dtype)  # (N, 1)
+    g = F.grouped_mm(dy.index_select(0, order // weights.shape[1]), w_out, offs=ends)  # (N, F)
+    act, dh, d_gate = torch.empty_like(g), torch.empty_like(h), weights.new_empty(order.numel())
+    d_acts = None if d_acts is None else d_acts.index_select(0, order)
+    found = activate_backward_into(h, g, gate, d_acts, act, dh, activation)
+    d_gate[order] = found.to(d_gate.dtype)
+    dx = sum_choices(F.grouped_mm(dh, w_in, offs=ends), order, weights.shape[1])
+    return dx, d_gate.view_as(weights), act, dh
+
+
+def weight_grads(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out):
+    """
+    dw_out[e] = sum of dy^T act, dw_in[e] = sum of dh^T x, over e's rows in all layers of the lists.
+    A product over no rows writes zeros: idle experts need no care.
+    """
+    if len(xs) > 1 or not at_once(xs[0], w_in, w_out, tokens[0]):
+        return weight_grads_one_by_one(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out)
+    token, ends = tokens[0], all_ends[0]
+    dw_out = F.grouped_mm(dys[0].index_select(0, token).T, acts[0], offs=ends)
+    dw_in = F.grouped_mm(dhs[0].T, xs[0].index_select(0, token), offs=ends)
+    if w_in.is_cuda:  # some GPUs leave what no row reaches unwritten (pytorch issue 172439)
         idle = (ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None]
         dw_in.masked_fill_(idle, 0)
         dw_out.masked_fill_(idle, 0)
-    dx = sum_choices(F.grouped_mm(dh, w_in, offs=ends), order, weights.shape[1])
-    return dx, d_gate.view_as(weights), dw_in, dw_out
+    return dw_in.to(w_in.dtype), dw_out.to(w_out.dtype)
 
 
 @functools.cache
@@ -150,12 +163,16 @@ def padded(n):
     return -(-n // step) * step
 
 
-def buffers(like, ends, *widths):
+def buffers(like, longest, *widths):
     """Uninitialised (rows, width) scratch tensors, reused expert by expert; rows is a power of two
     that the longest run fits. Sizes that follow the routing fragment the heap: 2.6 s a step."""
-    longest = int(ends.diff(prepend=ends.new_zeros(1)).max())
     rows = max(64, 1 << (longest - 1).bit_length())
     return [like.new_empty(rows, width) for width in widths]
+
+
+def rows_of(ends):
+    """ends (E,) -> rows of each expert, a list."""
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
 def expert_slices(order, ends, weights):
@@ -175,17 +192,18 @@ def activate_into(h, out, activation):
 @fused
 def activate_backward_into(h, g, gate, d_act, gated_act, dh, activation):
     """g (n, F), the gradient before the gate -> gate * act and dh, in place; of the gate (n,)."""
-    act, d_h = activate_backward(h, g * gate if d_act is None else d_act + g * gate, activation)
-    gated_act.copy_(act * gate)
-    dh.copy_(d_h)
-    return (g * act).sum(-1)
+    grad = g * gate if d_act is None else torch.addcmul(d_act, g, gate)
+    activate_backward(h, grad, activation, gated_act, dh)
+    d_gate = torch.linalg.vecdot(g, gated_act)
+    gated_act.mul_(gate)
+    return d_gate
 
 
 def forward_one_by_one(x, weights, w_in, w_out, order, ends, activation, save, keep):
     n, (d, f), wide = order.numel(), w_out.shape[1:], w_in.shape[1]
     y = torch.zeros_like(x)
     h, acts = x.new_empty(n if save else 0, wide), x.new_empty(n if keep else 0, f)
-    x_e, h_e, act, y_e = buffers(x, ends, d, wide, f, d)
+    x_e, h_e, act, y_e = buffers(x, max(rows_of(ends)), d, wide, f, d)
     for e, rows, token, gate in expert_slices(order, ends, weights):
         m, r = len(token), padded(len(token))
         torch.index_select(x, 0, token, out=x_e[:m])
@@ -200,25 +218,43 @@ def forward_one_by_one(x, weights, w_in, w_out, order, ends, activation, save, k
 
 
 def backward_one_by_one(dy, d_acts, x, weights, w_in, w_out, order, ends, h, activation):
-    (d, f), wide = w_out.shape[1:], w_in.shape[1]
+    d, f = w_out.shape[1:]
     dx, d_gate = torch.zeros_like(x), weights.new_empty(order.numel())
-    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    x_e, dx_e, dy_e, g, act, dh = buffers(x, ends, d, d, d, f, f, wide)
+    act, dh = x.new_empty(order.numel(), f), torch.empty_like(h)
+    dx_e, dy_e, g, dh_e = buffers(x, max(rows_of(ends)), d, d, f, h.shape[1])
     for e, rows, token, gate in expert_slices(order, ends, weights):
         m, r, slots = len(token), padded(len(token)), order[rows]
-        torch.index_select(x, 0, token, out=x_e[:m])
         torch.index_select(dy, 0, token, out=dy_e[:m])
         d_act = None if d_acts is None else d_acts.index_select(0, slots)
         before_gate, gate = linear(dy_e[:r], w_out[e].T, g[:r])[:m], gate.to(g.dtype)
         found = activate_backward_into(
-            h[rows], before_gate, gate, d_act, act[:m], dh[:m], activation)
+            h[rows], before_gate, gate, d_act, act[rows], dh_e[:m], activation)
         d_gate[slots] = found.to(d_gate.dtype)
-        for padding in (x_e[m:r], dy_e[m:r], act[m:r], dh[m:r]):
-            padding.zero_()  # the products below sum over it
-        torch.mm(dy_e[:r].T, act[:r], out=dw_out[e])
-        torch.mm(dh[:r].T, x_e[:r], out=dw_in[e])
-        dx.index_add_(0, token, linear(dh[:r], w_in[e].T, dx_e[:r])[:m])
-    return dx, d_gate.view_as(weights), dw_in, dw_out
+        dh[rows] = dh_e[:m]
+        dx.index_add_(0, token, linear(dh_e[:r], w_in[e].T, dx_e[:r])[:m])
+    return dx, d_gate.view_as(weights), act, dh
+
+
+def weight_grads_one_by_one(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out):
+    """An expert's rows of all layers in one product, gathered to where they stay in the cache."""
+    counts, (d, f) = [rows_of(ends) for ends in all_ends], w_out.shape[1:]
+    totals = [sum(c) for c in zip(*counts)]
+    token = merge_layers(tokens, all_ends, len(xs[0]))[1].split(totals)
+    act, dh = (zip(*(rows.split(c) for rows, c in zip(layers, counts))) for layers in (acts, dhs))
+    x, dy, dw_in, dw_out = torch.cat(xs), torch.cat(dys), *map(torch.empty_like, (w_in, w_out))
+    buffer = buffers(x, max(totals), d, f, w_in.shape[1], d)
+    experts = zip(totals, token, act, dh, dw_out.unbind(0), dw_in.unbind(0))
+    for m, token_e, act_e, dh_e, *dw_e in experts:
+        rows = [b[:m] for b in buffer]
+        torch.index_select(dy, 0, token_e, out=rows[0])
+        torch.cat(act_e, out=rows[1])
+        torch.cat(dh_e, out=rows[2])
+        torch.index_select(x, 0, token_e, out=rows[3])
+        if x.dtype == torch.bfloat16:  # few shapes, for oneDNN; the products sum over zeros
+            rows = [b[:padded(m)].index_fill_(0, torch.arange(m, padded(m)), 0) for b in buffer]
+        for a, b, dw in zip(rows[::2], rows[1::2], dw_e):
+            torch.mm(a.T, b, out=dw) if dw.dtype == a.dtype else dw.copy_(a.T @ b)
+    return dw_in, dw_out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -300,9 +336,8 @@ def mask_and_activate(scores, h, value, cut, out, activation):
 def mask_backward(scores, h, value, cut, du, dh, activation):
     """du (T, F) -> the forward's u, in its place; dh (T, W); d scores, in the place of scores."""
     keep = kept(scores, value, cut)
-    mask = torch.where(keep, scores, 0).mean(1)
-    act, d_h = activate_backward(h, (du * mask).to(h.dtype), activation)
-    dh.copy_(d_h)
+    mask, act = torch.where(keep, scores, 0).mean(1), torch.empty_like(du)
+    activate_backward(h, (du * mask).to(h.dtype), activation, act, dh)
     scores.copy_(torch.where(keep, (du * act / scores.shape[1]).unsqueeze(1), 0))
     du.copy_(act * mask)
 
