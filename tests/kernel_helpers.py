@@ -182,6 +182,32 @@ def compare_experts(case, backend, dtype, device="cpu"):
     return distances(ours, outputs_and_gradients(loop, exact_leaves))
 
 
+def through_a_pool(layer, opened, x, weights, ids, activation):
+    """Three layers in a row that share opened weights, each with choices of its own."""
+    for i, (w_in, w_out, *more) in enumerate(opened):
+        x = x + layer(x, weights * (i + 1), (ids + i) % (len(w_in) - 1), w_in, w_out, activation,
+                      *more)[0]
+    return x
+
+
+def compare_pool(backend, dtype, device="cpu"):
+    """Distances of three layers that share a pool, one expert of it idle, from the loop's."""
+    import kernels
+    shape = 30, 24, 40, 7, 2, "swiglu"
+    x, weights, ids, w_in, w_out = expert_inputs(*shape, dtype=dtype, device=device)
+    leaves = x, weights, w_in, w_out
+    exact = [a.detach().double().requires_grad_() for a in leaves]
+    expected = outputs_and_gradients(
+        lambda: through_a_pool(literal_experts, [exact[2:]] * 3, *exact[:2], ids, "swiglu"), exact)
+    layer = lambda *a: kernels.expert_ffn(*a[:6], backend, tickets=a[6])
+    poison(device)
+    opened = kernels.open_pool(w_in, w_out, 3, x, 2, backend)
+    ours = outputs_and_gradients(
+        lambda: through_a_pool(layer, opened, x, weights, ids, "swiglu"), leaves)
+    assert not ours[3][-1].any() and not ours[4][-1].any()  # the idle expert's: exact zeros
+    return distances(ours, expected)
+
+
 def compare_masked(case, backend, dtype, device="cpu"):
     """Distances of y, the gradients of x, z, w_in, w_out, w_z, and of y without gradients."""
     *_, n, activation, _ = case
@@ -212,6 +238,9 @@ def compare_all(backend, device="cpu"):
             if not (interpreted and half) or case[-1]:  # it is slow: where most is returned
                 error = max(compare_experts(case, backend, dtype, device))
                 yield f"experts, {name}, {label}", error, tolerance
+        if not (interpreted and half) and backend != "loop":
+            error = max(compare_pool(backend, dtype, device))
+            yield f"experts, {name}, three layers of a pool, an idle expert", error, 2 * tolerance
         for label, case in MASK_CASES.items():
             torch.manual_seed(0)
             if not half or case[-1] != "normal":  # else rounding decides who is kept

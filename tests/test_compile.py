@@ -72,11 +72,14 @@ def cases(dtype, quick):
                    {"IN": w, "OUT": D, "STRIDE_IN": D, "STRIDE_OUT": 1, "GATED": False, **m})
         m = {"BLOCK_M": largest, "PRECISION": "ieee"}
         yield (f"weight_grad, of w_in ({act})", kernels.weight_grad_kernel,
-               (h, x, w_in, row, integers(E)),
+               (h, x, w_in, row, row, integers(E)),
                {"OUT": w, "IN": D, "GATHER_GRAD": False, "GATHER_A": True, **m})
+        yield (f"weight_grad, of a pool's w_in ({act})", kernels.weight_grad_kernel,
+               (h, x, w_in, row, row, integers(E)),
+               {"OUT": w, "IN": D, "GATHER_GRAD": True, "GATHER_A": True, **m})
         if swiglu:
             yield ("weight_grad, of w_out", kernels.weight_grad_kernel,
-                   (x, hidden, w_out, row, integers(E)),
+                   (x, hidden, w_out, row, row, integers(E)),
                    {"OUT": D, "IN": F, "GATHER_GRAD": True, "GATHER_A": False, **m})
         h, u, scores, cuts = tensor(T, wide), tensor(T, WIDE), tensor(T, K, WIDE), integers(T, K)
         low = 16 if dtype == torch.bfloat16 else 0

@@ -253,10 +253,14 @@ def test_a_rank_that_hangs(tmp_path):
 def test_compiled_ranks(tmp_path):
     """The compiled model inside DDP, balance counts all-reduced within the graph."""
     data = make_data(tmp_path / "data")
-    here(job(data, tmp_path / "one", "topk", micro_batch=8))
-    two = job(data, tmp_path / "two", "topk", compile="true")
-    assert on_ranks(tmp_path, [two]).returncode == 0
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    jobs = []
+    for flavour in ("topk", "unipool"):
+        here(job(data, tmp_path / f"one {flavour}", flavour, micro_batch=8))
+        jobs.append(job(data, tmp_path / f"two {flavour}", flavour, compile="true"))
+    assert on_ranks(tmp_path, jobs).returncode == 0
+    for flavour in ("topk", "unipool"):
+        one, two = (losses(tmp_path / f"{ranks} {flavour}") for ranks in ("one", "two"))
+        np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
 if __name__ == "__main__":

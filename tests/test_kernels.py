@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_helpers import (
@@ -32,6 +33,8 @@ from kernel_helpers import (
     poison,
     returns_what_it_announces,
 )
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from lab import bench, gpu_check
@@ -233,6 +236,82 @@ def test_sort_by_expert(n_experts):
     assert order.tolist() == by_hand
     assert ends.tolist() == [sum(i <= e for i in ids.view(-1).tolist()) for e in range(n_experts)]
     assert torch.equal(kernels.undo_order(ids.view(-1)[order], order), ids.view(-1))
+
+
+# ------------------------------------------------------------------------------------------------
+# A pool: one gradient for all layers
+
+POOL = dict(flavour="unipool", arch="llama", n_layer=6, n_experts=23, top_k=2, n_head=2, d_model=16,
+            d_ff=24, block_size=16, init_std=0.2, vocab_size=64)
+SIZES = 23 * 48 * 16, 23 * 16 * 24  # of the pool's two weights, and of nothing else
+
+
+class PoolSized(TorchDispatchMode):
+    """The operations that make a tensor as large as one of the pool's weights, in sizes' order."""
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        in_place = function._schema.is_mutable
+        if isinstance(out, torch.Tensor) and out.numel() in SIZES and not function.is_view:
+            self.made += [] if in_place else [(SIZES.index(out.numel()), str(function), out.dtype)]
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_pool_gets_one_gradient(recompute, dtype):
+    """Six layers, two micro-steps: per weight one new tensor each, and one cast to bf16."""
+    model, tokens = GPT(ModelConfig(**POOL)).train(), torch.randint(64, (2, 16))
+    model.recompute = recompute
+    for _ in range(2):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), PoolSized() as forward:
+            loss = model(tokens, tokens).loss
+        with PoolSized() as backward:
+            loss.backward()
+        casts = [] if dtype == torch.float32 else [(0, "aten._to_copy.default", dtype),
+                                                   (1, "aten._to_copy.default", dtype)]
+        assert forward.made == casts
+        new = sorted(i for i, name, made in backward.made if made == torch.float32)
+        assert new == [0, 1] and len(backward.made) == 2, backward.made
+
+
+def test_a_compiled_pool_gets_one_gradient():
+    """Counted in the graphs that torch.compile makes of the forward and the backward pass."""
+    counts = []
+
+    def count(graph, _):
+        made = {n: n.meta.get("val") for n in graph.graph.nodes if n.op == "call_function"}
+        counts.append(sum(isinstance(a, torch.Tensor) and a.numel() in SIZES
+                          for n, a in made.items() if n.target != torch.ops.aten.detach.default))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    model, tokens = GPT(ModelConfig(**POOL)).train(), torch.randint(64, (2, 16))
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    compiled(tokens, tokens).loss.backward()
+    assert counts == [0, 2]
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(top_k=1, pool_groups=2), dict(specialization_coef=0.1), dict(pool_groups=6)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_pools_of_a_model_are_the_loop(options, recompute):
+    """Every gradient in float64 after two micro-steps of different length."""
+    model = {}
+    for backend in ("loop", "auto"):
+        torch.manual_seed(0)
+        model[backend] = GPT(ModelConfig(**POOL | options, backend=backend)).double().train()
+        model[backend].recompute = recompute and backend == "auto"
+        for length in (16, 9):
+            tokens = torch.arange(2 * length).view(2, length) * 7 % 64
+            output = model[backend](tokens, tokens)
+            (output.loss + sum(output.aux.values())).backward()
+    ours, loop = ([p.grad for p in model[name].parameters()] for name in ("auto", "loop"))
+    assert max(distances(ours, loop)) < 1e-11
 
 
 def zeros(**shapes):
