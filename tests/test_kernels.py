@@ -314,6 +314,17 @@ def test_pools_of_a_model_are_the_loop(options, recompute):
     assert max(distances(ours, loop)) < 1e-11
 
 
+def test_a_pool_layer_that_no_gradient_reaches():
+    """The balance loss alone: the last layer's experts have no part in it."""
+    grads, tokens = {}, torch.arange(16)[None]
+    for backend in ("loop", "auto"):
+        torch.manual_seed(0)
+        model = GPT(ModelConfig(**POOL, backend=backend)).train()
+        model(tokens, tokens).aux["balance"].backward()
+        grads[backend] = [p.grad for p in model.pools.parameters()]
+    assert max(distances(grads["auto"], [a.double() for a in grads["loop"]])) < 1e-5
+
+
 def zeros(**shapes):
     return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
