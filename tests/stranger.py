@@ -243,8 +243,10 @@ class Trials:
                            *words)
 
     def folders(self):
+        began = time.time_ns()
         pid, output = start("train", *self.again(max_steps=10**6))
-        time.sleep(1)
+        while (self.out / "log.csv").stat().st_mtime_ns < began + 10**8:  # until it is at work
+            time.sleep(0.1)
         for _ in range(5):
             trial("a second trainer in a folder", [2], "train", *self.again(max_steps=10**6))
         os.kill(pid, signal.SIGTERM)
