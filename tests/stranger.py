@@ -262,8 +262,6 @@ class Trials:
         for value in ("", "x" * 300, "/proc/nowhere/x"):
             trial("folders that cannot be", [2], "train", *self.words, f"--out_dir={value}")
         os.mkfifo(self.root / "pipe")
-        trial("a pipe for a prompt", [0, 2], "sample", f"--out_dir={self.out}",
-              f"--prompt_file={self.data / 'meta.json'}", "--max_new_tokens=1")
         trial("a pipe for data", [2], "train", *self.words, f"--dataset={self.root / 'pipe'}",
               f"--out_dir={self.root / 'x'}", "--overwrite")
 
