@@ -15,10 +15,13 @@ import torch
 # 1. Balance: every expert should get work
 
 
-def expert_counts(ids: torch.Tensor, n_experts: int) -> torch.Tensor:
-    """How many assignments went to each expert: ids (...) int64 -> (E,) float32, no gradient."""
-    ones = torch.ones(ids.numel(), device=ids.device)
-    return torch.zeros(n_experts, device=ids.device).index_add_(0, ids.flatten(), ones)
+def expert_counts(ids: torch.Tensor, n_experts: int, among=None) -> torch.Tensor:
+    """How many assignments went to each expert: ids (...) int64 -> (E,) float32, no gradient.
+
+    among (...) bool: those that count.
+    """
+    ones = torch.ones_like(ids, dtype=torch.float32) if among is None else among.float()
+    return torch.zeros(n_experts, device=ids.device).index_add_(0, ids.flatten(), ones.flatten())
 
 
 def normalise_scores(scores: torch.Tensor, eps: float = 1e-20) -> torch.Tensor:
@@ -43,7 +46,7 @@ def pool_loss(scores: list[torch.Tensor], counts: list[torch.Tensor]) -> torch.T
     be as peaked as it likes while the pool as a whole is evenly used. The paper's code takes fbar
     from the previous micro-batch; here both are of this one [ours].
     """
-    f = torch.stack([c / c.sum() for c in counts]).mean(0).detach()  # (M,)
+    f = shares(torch.stack(counts)).mean(0).detach()  # (M,)
     p = torch.stack([s.mean(0) for s in scores]).mean(0)  # (M,)
     return f.numel() * (f.to(p.dtype) * p).sum()
 
@@ -52,6 +55,15 @@ def pool_loss(scores: list[torch.Tensor], counts: list[torch.Tensor]) -> torch.T
 # other name for each bank with all layers that use it. It must be linear in the mean scores, whose
 # gradients ranks and micro-steps average; counts are of one micro-step, summed over the ranks.
 BALANCES = {"layer": pool_loss, "pool": pool_loss}
+
+
+def cardinality_loss(scores: torch.Tensor, n_experts: float) -> torch.Tensor:
+    """(H - log n)^2, H the entropy of mean scores (E,): pulls a layer's use towards n experts.
+
+    UniPool-lock. Not linear in the mean: give it the mean over all ranks.
+    """
+    q = scores / scores.sum().clamp_min(1e-12)
+    return ((q * (q + 1e-12).log()).sum() + math.log(n_experts)).square()
 
 
 def neuron_balance_loss(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

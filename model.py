@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import losses
 import moe
-from support import auxiliary, cpu, rules
+from support import auxiliary, cpu, lock, rules
 from support import checkpoint as checkpoints
 from support.decoding import KVCache, sample_token
 from support.deep import CodeRouter
@@ -66,6 +66,10 @@ class ModelConfig:
     pool_groups: int | None = None  # G pools, each of adjacent layers; 0: private experts
     router: Literal[tuple(moe.ROUTERS)] | None = None
     norm_topk_prob: bool | None = None  # divide the gates of the chosen experts by their sum
+    depth_embedding: bool | None = None  # add a learned vector of the layer to what experts see
+    lock_steps: int | None = None  # router=lock: until owners are found, and again until they are
+    # alone; None: 1/60 of the training (1000 without one); 0: drawn at random, from the start
+    lock_coef: float | None = None  # router=lock: of (H_l - log K)^2; None: 5e-3
 
     # what experts are trained by, beside the cross-entropy
     balance: Literal[("none", *losses.BALANCES, "bias")] | None = None  # a loss, or selection bias
@@ -249,7 +253,7 @@ def make_ffn(config: ModelConfig, layer: int) -> nn.Module:
     shared = None
     if c.n_shared_experts:
         shared = moe.FFN(c.d_model, c.n_shared_experts * c.d_expert, c.activation)
-    return moe.MoE(router, bank, shared)
+    return moe.MoE(router, bank, shared, c.d_model if c.depth_embedding else 0)
 
 
 def make_bank(config: ModelConfig) -> nn.Module:
@@ -311,6 +315,8 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std)
         if self.paths is not None:
             self.paths.fill_(1 / self.config.n_experts)
+        if self.config.lock_steps == 0:
+            lock.deal_out(self.config, [layer.router for layer, _ in self.expert_layers()])
 
     def pool_of(self, i: int) -> nn.Module | None:
         """The pool of the i-th layer with experts: groups are of adjacent layers."""
@@ -390,9 +396,12 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-100)
         return (None if learn else logits), loss
 
-    def update_balance(self, stats: dict) -> None:
-        """Move selection biases and path estimates: once a step, by stats of all its tokens."""
-        auxiliary.update_balance(self.config, self.expert_layers(), self.paths, stats)
+    def update_balance(self, stats: dict, step: int | None = None) -> None:
+        """Move selection biases and the like: once a step, by stats of all its tokens.
+
+        step: how many are done; UniPool-lock's schedule stands still without.
+        """
+        auxiliary.update_balance(self.config, self.expert_layers(), self.paths, stats, step)
 
     def routing_columns(self, stats: dict) -> dict[str, float]:
         """What the log says of a step's routing (losses.log_columns)."""

@@ -15,10 +15,9 @@ from, K chosen experts (or samples), dz width of a code z, C components of a mix
 H hidden layers of a continuous FFN.
 
 Papers: Switch (arXiv 2101.03961), DeepSeekMoE and V3 (2401.06066, 2412.19437), Hash Layers
-(2106.04426), UniPool with KERN's NormRouter (2605.06665), infinity-MoE (2601.17680). "[ours]" marks
-a choice that no paper makes.
+(2106.04426), UniPool with KERN's NormRouter (2605.06665), ReMoE (2412.14711), PEER (2407.04153),
+MoRE (2609.18176), infinity-MoE (2601.17680). "[ours]" marks a choice that no paper makes.
 """
-import functools
 import math
 from typing import NamedTuple
 
@@ -36,16 +35,18 @@ from losses import (  # noqa: F401  (BALANCES is used here, the losses are passe
     specialization_loss,
     z_loss,
 )
+from support.deep import inner_std
 from support.noise import hash32, normal_noise, uniform_noise
 from support.norm_constant import norm_router_constant
+from support.ops import best_pairs, row_products, sum_of_rows
 
 
 class Routing(NamedTuple):
     """What a discrete router decided for T tokens."""
     weights: Tensor  # (T, K) gates of the chosen experts
-    ids: Tensor      # (T, K) int64, the chosen experts, distinct; best first, but for a hash
-    scores: Tensor   # (T, E) scores of all experts, before the cut
-    logits: Tensor   # (T, E) what scores are made of: W_r x; for a hash, the scores again
+    ids: Tensor      # (T, K) int64, the chosen experts, best first if learned; distinct
+    scores: Tensor   # (T, E) scores of all experts, before the cut (PEER: of its keys)
+    logits: Tensor   # (T, E) what scores are made of: W_r x; for fixed routers, the scores again
 
 
 class Codes(NamedTuple):
@@ -86,6 +87,8 @@ class Router(nn.Module):
     The class says what it supports, and support/rules.py refuses the rest.
     """
     max_top_k = None  # the largest K; None: any up to E
+    zero_is_idle = False  # True: a choice with gate 0 counts as none
+    pooled = False  # True: only for a pool that layers share
     supports = frozenset({*BALANCES, "bias", "z", "coupling"})  # what may act on scores and logits
     balance_scores = "raw"  # what balance losses see by default; "normalised": sums to 1
 
@@ -99,8 +102,8 @@ class Router(nn.Module):
 
     def init_weights(self, std: float, out_std: float | None = None) -> None:
         nn.init.normal_(self.weight, std=std)
-        if self.bias is not None:
-            self.bias.zero_()
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def scores(self, logits: Tensor) -> Tensor:
         raise NotImplementedError
@@ -159,30 +162,106 @@ class NormRouter(Router):
         return self.sigma.to(logits.dtype) * self.c * unit.relu()
 
 
+class LockRouter(NormRouter):
+    """UniPool-lock: every layer sees the whole pool for a while, then keeps experts of its own.
+
+    lost (E,): the part of the scores that is gone of experts which other layers own. It goes after
+    the norm, so that nothing jumps at the end, and bias (-1e9) keeps ties from choosing them.
+    support/lock.py moves the buffers, once a step.
+    """
+    pooled, supports = True, NormRouter.supports - {"bias"}
+
+    def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
+        super().__init__(d_model, n_experts, top_k, norm_topk_prob, selection_bias=True)
+        self.register_buffer("lost", torch.zeros(n_experts))
+        self.register_buffer("seen", torch.zeros(n_experts))  # running shares of the assignments
+        self.register_buffer("steps", torch.zeros(1))  # done so far
+
+    def scores(self, logits):
+        return super().scores(logits) * (1 - self.lost)
+
+
+class ReluRouter(Router):
+    """ReMoE: s = relu(W_r x), and whoever is above zero works: no choice that could jump.
+
+    top_k is how many should work on average. The layer loss of such scores is an L1 norm, heavier
+    on busy experts; its coefficient, times 1.2^ups, is moved towards that (auxiliary.py). All
+    experts are computed here, idle ones with gate 0: no shape depends on values [ours].
+    """
+    zero_is_idle, supports = True, frozenset({*BALANCES, "z"})
+
+    def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
+        super().__init__(d_model, n_experts, top_k, norm_topk_prob)
+        self.n_choices, self.wanted = n_experts, top_k / n_experts
+        self.register_buffer("ups", torch.zeros(1))
+
+    def scores(self, logits):
+        return logits.relu()
+
+
 class HashRouter(nn.Module):
     """Hash Layers: experts hash(token id) mod E and the K - 1 after it, with gates 1/K.
 
     Nothing is learned: what a learned router is worth shows against it.
     """
-    max_top_k = None
+    max_top_k, zero_is_idle, pooled, balance_scores = None, False, False, "raw"
     supports = frozenset()  # scores are constants: no loss can move them
-    balance_scores = "raw"
 
     def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
         super().__init__()
         check_top_k(top_k, n_experts)
         self.n_experts, self.n_choices, self.bias = n_experts, top_k, None
 
-    def forward(self, x, noise_seeds=None, token_ids=None):
+    def choose(self, x, token_ids):
         first = hash32(token_ids) % self.n_experts  # (T,)
-        ids = (first[:, None] + torch.arange(self.n_choices, device=x.device)) % self.n_experts
+        return (first[:, None] + torch.arange(self.n_choices, device=x.device)) % self.n_experts
+
+    def forward(self, x, noise_seeds=None, token_ids=None):
+        ids = self.choose(x, token_ids)  # (T, K)
         dtype = torch.promote_types(x.dtype, torch.float32)
         gates = torch.full(ids.shape, 1 / self.n_choices, device=x.device, dtype=dtype)  # (T, K)
         scores = gates.new_zeros(len(x), self.n_experts).scatter(1, ids, gates)  # (T, E)
         return Routing(gates, ids, scores, scores)
 
 
-ROUTERS = dict(softmax=SoftmaxRouter, sigmoid=SigmoidRouter, norm=NormRouter, hash=HashRouter)
+class RandomRouter(HashRouter):
+    """The K largest entries of W x, with a W drawn once and for all, and gates 1/K [ours]."""
+
+    def choose(self, x, token_ids):
+        w = normal_noise(torch.arange(self.n_experts, device=x.device), 0, x.shape[1])  # (E, D)
+        return linear_fp32(x.detach(), w).topk(self.n_choices, dim=-1).indices
+
+
+class ProductRouter(HashRouter):
+    """PEER: an expert's key is a pair, its score q1 . k1 + q2 . k2; the best K of E = a * b.
+
+    One query (head) for every 16 choices, as in the paper's 8 x 16, of width D / 4, and normed by
+    itself [ours: the paper's batch norm would look at other tokens].
+    """
+
+    def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
+        super().__init__(d_model, n_experts, top_k)
+        self.heads, half = (1 if top_k % 16 else top_k // 16), max(1, d_model // 8)
+        a = max(i for i in range(1, math.isqrt(n_experts) + 1) if n_experts % i == 0)
+        self.query = nn.Parameter(torch.empty(self.heads * 2 * half, d_model))
+        self.first = nn.Parameter(torch.empty(a, half))
+        self.second = nn.Parameter(torch.empty(n_experts // a, half))
+
+    def init_weights(self, std, out_std=None):
+        for w in (self.query, self.first, self.second):
+            nn.init.normal_(w, std=w.shape[1] ** -0.5)
+
+    def forward(self, x, noise_seeds=None, token_ids=None):
+        q = linear_fp32(x, self.query).unflatten(-1, (self.heads, 2, -1))  # (T, heads, 2, half)
+        q1, q2 = F.rms_norm(q, q.shape[-1:]).unbind(2)
+        keys = linear_fp32(q1, self.first), linear_fp32(q2, self.second)  # (T, heads, a), (.., b)
+        best, ids = best_pairs(*keys, self.n_choices // self.heads)  # (T, heads, K / heads)
+        logits = torch.cat(keys, -1).mean(1)  # (T, a + b)
+        return Routing(best.sigmoid().flatten(1), ids.flatten(1), logits.softmax(-1), logits)
+
+
+ROUTERS = dict(softmax=SoftmaxRouter, sigmoid=SigmoidRouter, norm=NormRouter, lock=LockRouter,
+               relu=ReluRouter, product=ProductRouter, hash=HashRouter, random=RandomRouter)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,22 +345,45 @@ class ExpertBank(nn.Module):
         return kernels.expert_ffn(*arguments, self.backend, keep_activations, tickets)
 
 
-BANKS = {"ffn": ExpertBank}  # kinds of discrete experts; all are made as ExpertBank is
+class NeuronBank(ExpertBank):
+    """PEER: experts of one neuron (or a few), so many that tokens gather the rows they need."""
+    exportable = False
+
+    def __init__(self, d_model, d_expert, n_experts, activation, backend="auto"):
+        super().__init__(d_model, d_expert, n_experts, activation)
+        self.w_out = nn.Parameter(torch.empty(n_experts, d_expert, d_model))  # (E, F, D)
+
+    def forward(self, x, routing, keep_activations=False):
+        h = row_products(x, routing.ids, self.w_in)  # (T, K, W)
+        act = activate(h, self.activation)  # (T, K, F)
+        y = sum_of_rows(act * routing.weights[..., None], routing.ids, self.w_out)  # (T, D)
+        return y.to(x.dtype), act if keep_activations else None
+
+
+BANKS = dict(ffn=ExpertBank, neuron=NeuronBank)  # all are made as ExpertBank is
 
 
 class MoE(nn.Module):
     """Router, experts, always-on experts: the layer that takes the FFN's place in a block.
 
     bank None: the experts come as an argument (a pool of GPT's), so that every weight has exactly
-    one name in a checkpoint. shared: the always-on experts.
+    one name in a checkpoint. shared: the always-on experts. depth (D,): learned, added to x, so
+    that experts which layers share know where they are (MoRE, eq. 3).
     """
 
-    def __init__(self, router: nn.Module, bank: nn.Module | None = None, shared: FFN | None = None):
+    def __init__(self, router: nn.Module, bank: nn.Module | None = None, shared: FFN | None = None,
+                 d_depth: int = 0):
         super().__init__()
         self.router, self.bank, self.shared = router, bank, shared
+        self.depth = nn.Parameter(torch.zeros(d_depth)) if d_depth else None
+
+    def init_weights(self, std, out_std):
+        if self.depth is not None:
+            nn.init.normal_(self.depth, std=std)
 
     def forward(self, x, pool=None, noise_seeds=None, token_ids=None, keep_activations=False):
         """x (T, D) -> y (T, D), Routing or tuple of Codes, activations (T, K, F) or None."""
+        x = x if self.depth is None else x + self.depth
         routing = self.router(x, noise_seeds, token_ids)
         bank = pool if self.bank is None else self.bank
         y, activations = bank(x, routing, keep_activations)
@@ -403,22 +505,10 @@ class ContinuousBank(nn.Module):
 
     def init_weights(self, std, out_std):
         for i, w in enumerate(self.w_in):
-            nn.init.normal_(w, std=std if i == 0 else self.inner_std(i, std))
+            nn.init.normal_(w, std=std if i == 0 else inner_std(self, i, std))
         nn.init.normal_(self.w_out, std=out_std)
         for w in self.w_z.values():
             nn.init.normal_(w, std=w.shape[1] ** -0.5)  # W_z z starts at unit variance [ours]
-
-    def inner_std(self, i: int, std: float) -> float:
-        """Of W_i, i > 1: W_i h_{i-1} starts with the variance that W_1 x has for a normed x [ours].
-
-        With W_1's std a deep SwiGLU FFN starts at 1 % of the stream's rms (one layer: 43 %).
-        """
-        randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-        d_ff, wanted = self.w_out.shape[1], std * self.w_in[0].shape[1] ** 0.5
-        h = wanted * randn(64, 1, len(self.w_in[0]))  # W_1 x of 64 tokens (64, 1, F or 2F)
-        n, scores = self.n_keep[i - 1], randn(64, 1, d_ff)
-        act = self.gated(h, None if n is None else kernels.topn_mask(scores, n))
-        return wanted / (d_ff * act.square().mean().item()) ** 0.5
 
     def n_active(self, n_choices: list[int]) -> int:
         """Parameters that a token uses at most: the share min(1, masks * N) of rows and columns.
@@ -491,6 +581,11 @@ FLAVOURS = {
                      norm_topk_prob=True, balance="bias"),
     "hash": dict(n_experts=8, top_k=1, router="hash", norm_topk_prob=False, balance="none"),
     "unipool": dict(top_k=1, router="norm", norm_topk_prob=False, balance="pool", pool_groups=1),
+    "lock": dict(top_k=1, router="lock", norm_topk_prob=False, balance="pool", pool_groups=1),
+    "remoe": dict(n_experts=8, top_k=1, router="relu", norm_topk_prob=False, balance="layer",
+                  balance_coef=1e-8),
+    "peer": dict(n_experts=2**14, top_k=128, router="product", expert="neuron", d_expert=1,
+                 norm_topk_prob=False, balance="none"),
     "infmoe": dict(infmoe_samples=2, infmoe_rate=0.25, infmoe_dz=64, infmoe_mask="post",
                    infmoe_depth=1, infmoe_mean=False, infmoe_z="independent",
                    infmoe_components=1, infmoe_share_mask=False, infmoe_hidden=0, balance="none"),

@@ -252,7 +252,7 @@ def train_step(trainer, step):
     if ranks.size > 1:
         for value in stats.values():
             dist.all_reduce(value)
-    trainer.model.update_balance(stats)
+    trainer.model.update_balance(stats, step + 1)
     # What is logged are means over micro-steps and ranks.
     sums = ranks.sum(*losses.tolist())
     loss, aux = (total / trainer.accumulation / ranks.size for total in sums)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import losses
+from support import lock
 
 
 def losses_and_statistics(config, layers, routings, activations, paths) -> tuple[dict, dict]:
@@ -18,21 +19,26 @@ def losses_and_statistics(config, layers, routings, activations, paths) -> tuple
     if config.flavour == "infmoe":
         aux, stats = continuous_losses(config, layers, routings)
     else:
-        aux, stats = discrete_losses(config, routings, paths)
+        aux, stats = discrete_losses(config, layers, routings, paths)
     if config.specialization_coef:
         per_layer = torch.stack([losses.specialization_loss(a) for a in activations])
         aux["specialization"] = config.specialization_coef * per_layer.mean()
     return aux, stats
 
 
-def discrete_losses(config, routings, paths):
-    c, aux, n = config, {}, config.n_experts
-    counts = torch.stack([losses.expert_counts(r.ids, n) for r in routings])  # (L, E)
+def discrete_losses(config, layers, routings, paths):
+    c, aux, n, router = config, {}, config.n_experts, layers[0][0].router
+    among = [r.weights > 0 if router.zero_is_idle else None for r in routings]
+    counts = [losses.expert_counts(r.ids, n, busy) for r, busy in zip(routings, among)]
+    counts = torch.stack(counts)  # (L, E)
     entropy = torch.stack([losses.routing_entropy(r.scores.detach()) for r in routings])  # (L,)
     tokens = counts.new_full((1,), routings[0].ids.shape[0])
     stats = {"counts": counts, "entropy": entropy * tokens, "tokens": tokens}
     if c.balance in losses.BALANCES and c.balance_coef:
-        aux["balance"] = c.balance_coef * balance_loss(c, routings, counts)
+        grown = 1.2 ** router.ups[0] if c.router == "relu" else 1.0
+        aux["balance"] = c.balance_coef * grown * balance_loss(c, routings, counts)
+    if c.lock_coef:
+        aux["lock"] = c.lock_coef * lock_loss(c, layers, routings)
     if c.z_coef:
         aux["z"] = c.z_coef * sum(losses.z_loss(r.logits) for r in routings)
     if c.coupling_coef:
@@ -61,6 +67,20 @@ def balance_loss(config, routings, counts):
         group = slice(i, i + together)
         total = total + losses.BALANCES[config.balance](scores[group], counts[group])
     return total
+
+
+def lock_loss(config, layers, routings):
+    """UniPool-lock: the mean over layers of (H_l - log K)^2, K the experts that a layer will own.
+
+    H is of the mean over all ranks, its gradient through this rank's part: means of gradients over
+    ranks are then what one rank would have. It warms up until owners are found.
+    """
+    local = torch.stack([r.scores.mean(0) for r in routings])  # (L, M)
+    total = sum_over_ranks(torch.cat((local.detach().flatten(), local.new_ones(1))))
+    means = (total[:-1] / total[-1]).view_as(local) + local - local.detach()
+    own = lock.owned_by_a_layer(config)
+    loss = torch.stack([losses.cardinality_loss(mean, own) for mean in means]).mean()
+    return loss * ((layers[0][0].router.steps[0] + 1) / max(1, config.lock_steps)).clamp_max(1)
 
 
 def continuous_losses(config, layers, routings):
@@ -92,8 +112,15 @@ def every_nth(codes, step):
 
 
 @torch.no_grad()
-def update_balance(config, layers, paths, stats):
-    """Selection biases and path estimates after a step; stats are summed over ranks."""
+def update_balance(config, layers, paths, stats, step):
+    """Selection biases, path estimates and the like after `step` steps; stats of all ranks."""
+    if config.router == "relu":  # ReMoE, eq. 8: one coefficient for all layers
+        pairs = stats["tokens"] * stats["counts"].numel()
+        for layer, _ in layers:
+            share = stats["counts"].sum() / pairs  # of the T * L * E pairs above zero
+            layer.router.ups += torch.sign(share - layer.router.wanted)
+    if config.router == "lock":
+        lock.update(config, [layer.router for layer, _ in layers], stats["counts"], step)
     if config.balance == "bias":  # layers that share a pool are balanced together [ours]
         load = per_bank(stats["counts"], config.pool_groups)  # (banks, E)
         for i, (layer, _) in enumerate(layers):

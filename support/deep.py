@@ -3,6 +3,8 @@
 The paper has one hidden layer and one code. Extensions of section 7.3 of a published reading of
 the paper ask how codes of a deep FFN relate; with H = 1 everything here is the paper's.
 """
+import functools
+
 import torch
 from torch import nn
 
@@ -52,3 +54,17 @@ class CodeRouter(nn.Module):
                 last = last._replace(z=last.mu)
             codes[i] = last
         return tuple(codes)
+
+
+def inner_std(bank, i: int, std: float) -> float:
+    """Of W_i, i > 1: W_i h_{i-1} starts with the variance that W_1 x has for a normed x [ours].
+
+    With W_1's std a deep SwiGLU FFN starts at 1 % of the stream's rms (one layer: 43 %).
+    """
+    randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    d_ff, wanted = bank.w_out.shape[1], std * bank.w_in[0].shape[1] ** 0.5
+    h = wanted * randn(64, 1, len(bank.w_in[0]))  # W_1 x of 64 tokens (64, 1, F or 2F)
+    n, scores = bank.n_keep[i - 1], randn(64, 1, d_ff)
+    kept = None if n is None else scores * (scores >= scores.topk(n).values[..., -1:])
+    act = bank.gated(h, kept)
+    return wanted / (d_ff * act.square().mean().item()) ** 0.5

@@ -26,6 +26,8 @@ from support.ops import sort_by_expert, undo_order
 def check(config, n_ranks):
     """ValueError where a model's experts cannot be dealt out evenly."""
     n = config.n_experts
+    if config.expert == "neuron":
+        raise ValueError("shard=ep moves tokens, and expert=neuron gathers rows: use shard=fsdp")
     if not n or n % n_ranks:
         problem = f"{n} cannot be shared by {n_ranks} ranks" if n else f"{config.flavour} has none"
         raise ValueError(f"shard=ep deals out experts, and {problem}: use shard=fsdp, or change "

@@ -29,6 +29,8 @@ def settings(parsed, ModelConfig, TrainConfig, GPT):
     is given comes first.
     """
     config, given = parsed.make(TrainConfig), parsed.given
+    if given.get("flavour") == "lock" and config.init_from != "resume":
+        given.setdefault("lock_steps", max(1, round(config.max_steps / 60)))
     mine = {k: v for k, v in given.items() if k in {f.name for f in fields(ModelConfig)}}
     if Path(config.dataset).is_file():
         raise ValueError(f"dataset={config.dataset} is a file: python prepare_data.py "

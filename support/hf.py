@@ -266,6 +266,8 @@ def obstacles(c):
         (experts and c.arch == "gpt2", "experts in GPT-2 blocks (arch=gpt2)"),
         (experts and c.pool_groups, f"experts shared between layers (pool_groups={c.pool_groups})"),
         (experts and c.router != "softmax", f"these experts with router={c.router}"),
+        (experts and c.expert != "ffn", f"experts of the kind expert={c.expert}"),
+        (experts and c.depth_embedding, "a vector added for each layer (depth_embedding=True)"),
         (experts and c.balance == "bias", "a selection bias on softmax scores (balance=bias)"),
         (experts and c.n_shared_experts,
          f"always-on experts without a gate (n_shared_experts={c.n_shared_experts})"),

@@ -7,7 +7,7 @@ import math
 from typing import get_args, get_type_hints
 
 COEFFICIENTS = {"none": 0.0, "bias": 1e-3}  # V3's rate; balance losses have 1e-2, as in Switch
-MAY_BE_ZERO = ("n_shared_experts", "pool_groups", "infmoe_mean_from", "infmoe_hidden")
+MAY_BE_ZERO = ("n_shared_experts", "pool_groups", "lock_steps", "infmoe_mean_from", "infmoe_hidden")
 LARGEST = {  # building or holding more takes minutes, or more than any machine has
     "n_layer": 2000, "block_size": 2**22, "n_experts": 10**7, "infmoe_depth": 100}
 OF_THE_BACKBONE = (
@@ -15,7 +15,8 @@ OF_THE_BACKBONE = (
     "head_dim", "block_size", "vocab_size", "dropout", "bias", "qk_norm", "norm_eps",
     "tie_embeddings", "rope_base", "init_std", "backend")
 OF_DISCRETE_EXPERTS = ("expert", "n_experts", "top_k", "n_shared_experts", "router",
-                       "norm_topk_prob", "balance_scores", "z_coef", "coupling_coef", "coupling")
+                       "norm_topk_prob", "balance_scores", "z_coef", "coupling_coef", "coupling",
+                       "depth_embedding", "lock_steps", "lock_coef")
 
 
 def check(rules):
@@ -63,6 +64,8 @@ def resolve(c, flavours, routers):
     preset = {"pool_groups": 0, **flavours[c.flavour]}
     if c.top_k == 1:  # a gate divided by itself is 1: no gradient would reach the router
         preset["norm_topk_prob"] = False
+    if c.balance == "none":
+        preset.pop("balance_coef", None)
     if c.infmoe_share_mask:
         preset["infmoe_z"] = "shared"
     default(**preset)
@@ -72,7 +75,9 @@ def resolve(c, flavours, routers):
         return
     layers = len(c.moe_layers())
     default(expert="ffn", n_shared_experts=0, d_expert=c.d_ff,
-            n_experts=8 * layers // max(1, c.pool_groups or layers))
+            n_experts=8 * layers // max(1, c.pool_groups or layers), depth_embedding=False)
+    if c.router == "lock":
+        default(lock_steps=1000, lock_coef=5e-3)
     if c.balance not in ("none", "bias"):
         default(balance_scores=routers[c.router].balance_scores)
 
@@ -92,9 +97,11 @@ def rules(c, given, router=None):
         yield from depth_rules(c)
         if c.infmoe_share_mask:
             yield from share_mask_rules(c, given)
+        yield from pool_rules(c)
     else:
         yield from discrete_rules(c, given, router)
-    yield from pool_rules(c)
+        yield from pool_rules(c)
+        yield from lock_rules(c)
 
 
 def backbone_rules(c, given):
@@ -118,6 +125,8 @@ def discrete_rules(c, given, router):
         f"top_k={c.top_k} must lie between 1 and n_experts={c.n_experts}")
     yield router.max_top_k is None or c.top_k <= router.max_top_k, (
         f"router={c.router} chooses at most {router.max_top_k} experts, not top_k={c.top_k}")
+    yield c.pool_groups or not router.pooled, (
+        f"router={c.router} deals out a pool: set pool_groups >= 1, not {c.pool_groups}")
     yield not (c.norm_topk_prob and c.top_k == 1), (
         "norm_topk_prob=True with top_k=1 makes every gate 1 and leaves the router without "
         "gradient: set norm_topk_prob=False or top_k >= 2")
@@ -139,6 +148,20 @@ def discrete_rules(c, given, router):
     yield c.balance not in ("none", "bias") or c.balance_scores is None, (
         f"balance_scores={c.balance_scores} does nothing with balance={c.balance}: set "
         "balance=layer or pool, or leave balance_scores out")
+
+
+def lock_rules(c):
+    names = [n for n in ("lock_steps", "lock_coef") if getattr(c, n) is not None]
+    yield c.router == "lock" or not names, (
+        f"{', '.join(names)} is for router=lock, not router={c.router}: leave it out")
+    if c.router == "lock":
+        layers = len(c.moe_layers()) // max(1, c.pool_groups)
+        yield c.n_experts % layers == 0, (
+            f"router=lock gives each of the {layers} layers of a pool as many experts: "
+            f"n_experts={c.n_experts} must be a multiple of {layers}")
+        yield c.top_k <= c.n_experts // layers, (
+            f"router=lock leaves a layer {c.n_experts // layers} experts, fewer than "
+            f"top_k={c.top_k}: raise n_experts")
 
 
 def pool_rules(c):

@@ -30,6 +30,8 @@ def to_experts(dense: dict, model, noise: float = 0.0) -> dict:
     not as wide as the FFN (or n times: it then holds n copies, side by side, that give 1 / n each).
     """
     c, weights, layers = model.config, model.state_dict(), model.config.moe_layers()
+    if c.expert == "neuron":
+        raise ValueError("expert=neuron has no copies of an FFN: start from scratch, or take another")
     if c.d_expert % c.d_ff:
         raise ValueError(f"d_expert={c.d_expert} must be a multiple of the dense d_ff={c.d_ff}, "
                          "whose FFN the experts copy")

@@ -33,6 +33,10 @@ FAMILIES = {
     "deepseek": dict(flavour="deepseek", arch="llama", n_experts=4, d_expert=16),
     "hash": dict(flavour="hash", arch="llama", n_experts=4, top_k=2),
     "unipool": dict(flavour="unipool", arch="llama", n_experts=8),
+    "lock": dict(flavour="lock", arch="llama", n_layer=3, n_experts=9, top_k=2, lock_steps=2,
+                 balance_coef=1e-2),
+    "remoe": dict(flavour="remoe", n_experts=4, balance_coef=1e-2, depth_embedding=True),
+    "peer": dict(flavour="peer", n_experts=16, top_k=4),
     "infmoe": dict(flavour="infmoe", infmoe_dz=8, balance="layer", specialization_coef=2e-3),
     "infmoe_deep": dict(flavour="infmoe", arch="llama", n_kv_head=1, infmoe_dz=8, infmoe_depth=3,
                         infmoe_rate=(0.75, None, 0.5), infmoe_z="hierarchical",
@@ -120,7 +124,7 @@ def train(model, steps, batch=8, lr=1e-2, first=0):
         optimizer.zero_grad()
         training_loss(output).backward()
         optimizer.step()
-        model.update_balance(output.stats)
+        model.update_balance(output.stats, step + 1)
         fell.append(output.loss.item())
     return fell
 
@@ -196,10 +200,11 @@ def discrete_cells():
     for (owner, groups), (router, kind) in itertools.product(OWNERSHIPS.items(),
                                                              moe.ROUTERS.items()):
         for balance in ("none", *losses.BALANCES, "bias"):
-            if balance not in {"none", *kind.supports} or (balance == "pool" and not groups):
+            if balance not in {"none", *kind.supports} or (
+                    not groups and (balance == "pool" or kind.pooled)):
                 continue
             n, name = len(cells), f"{owner}-{router}-{balance}"
-            base = dict(flavour="topk", n_layer=4, n_experts=6, router=router, pool_groups=groups,
+            base = dict(flavour="topk", n_layer=4, n_experts=8, router=router, pool_groups=groups,
                         balance=balance, arch=("gpt2", "llama")[n // 2 % 2],
                         n_shared_experts=n // 4 % 2)
             every = dict(specialization_coef=2e-3)

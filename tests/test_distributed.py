@@ -42,8 +42,9 @@ POOLS = dict(FLAVOURS["unipool"], n_experts=4, pool_groups=2)
 CASES = FLAVOURS | {"idle": IDLE, "even": EVEN, "pools": POOLS, "specialized": SPECIAL,
                     "shared code": SHARED,
                     "bank": dict(FLAVOURS["infmoe"], balance="layer", arch="llama")}
-FULLY = ("dense", "topk", "unipool", "deepseek", "infmoe", "shared code", "bank")
-OVER_RANKS = ("topk", "even", "pools", "specialized", "idle")
+FULLY = ("dense", "topk", "unipool", "deepseek", "lock", "remoe", "peer", "infmoe", "shared code",
+         "bank")
+OVER_RANKS = ("topk", "even", "pools", "specialized", "lock", "idle")
 SHARDED = [("dense", "zero1"), ("unipool", "zero1"), *((case, "fsdp") for case in FULLY),
            *((case, "ep") for case in OVER_RANKS)]
 

@@ -79,15 +79,16 @@ def test_every_router_gives_a_routing(kind, top_k):
         return
     router, x, token_ids = make(moe.ROUTERS[kind](D, E, top_k)), normal(T, D), torch.arange(T) * 37
     routing = router(x.requires_grad_(), None, token_ids)
-    assert routing.ids.shape == routing.weights.shape == (T, top_k)
+    assert routing.ids.shape == routing.weights.shape == (T, router.n_choices)
     assert routing.ids.dtype == torch.int64
-    assert routing.scores.shape == routing.logits.shape == (T, E)
+    assert routing.scores.shape == routing.logits.shape and len(routing.scores) == T
     assert all(part.isfinite().all() for part in routing)
-    assert all(len(set(row)) == top_k and set(row) <= set(range(E)) for row in routing.ids.tolist())
+    assert all(len(set(row)) == router.n_choices and set(row) <= set(range(E))
+               for row in routing.ids.tolist())
     alone = router(x[2:3], None, token_ids[2:3])
     assert torch.equal(alone.ids[0], routing.ids[2]) and equal(alone.weights[0], routing.weights[2])
     if routing.weights.requires_grad:
-        loss = (routing.weights * normal(T, top_k, seed=3)).sum()
+        loss = (routing.weights * normal(T, router.n_choices, seed=3)).sum()
         grads = gradients(loss, [x, *router.parameters()])
         assert all(g.isfinite().all() for g in grads) and (grads[1].any() or top_k == E)
     else:

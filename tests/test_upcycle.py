@@ -61,7 +61,9 @@ def test_every_flavour_trains_on_from_a_dense_checkpoint(tmp_path, command):
     for arch, bias in ("llama", False), ("gpt2", True):
         save_checkpoint(random_model(arch=arch, bias=bias), tmp_path / arch, data)
     common = dict(n_layer=2, n_head=4, d_model=32, d_ff=40, block_size=32, max_steps=1)
-    for flavour in FLAVOURS.keys() - {"dense"}:
+    bad = dict(common, flavour="peer", init_from=tmp_path / "llama", arch="llama")
+    assert_refused(command(data, tmp_path / "peer", **bad), "expert=neuron")
+    for flavour in FLAVOURS.keys() - {"dense", "peer"}:
         code, out, err = command(data, tmp_path / flavour, **common, flavour=flavour, lr=1e-9,
                                  init_from=tmp_path / "llama", arch="llama", upcycle_noise=0.01)
         assert code == 0 and "its FFNs copied into experts" in out, err

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import moe
 import train
 from model import ModelConfig
 from support.shards import write_shard
@@ -27,8 +28,12 @@ FLAVOURS = {
     "topk": dict(flavour="topk", n_experts=4, arch="llama", z_coef=1e-3),
     "deepseek": dict(flavour="deepseek", n_experts=5, arch="llama"),
     "unipool": dict(flavour="unipool", n_experts=6, top_k=2, arch="llama"),
+    "lock": dict(flavour="lock", n_experts=6, top_k=2, lock_steps=2, arch="llama"),
+    "peer": dict(flavour="peer", n_experts=64, top_k=8),
     "infmoe": dict(flavour="infmoe", infmoe_dz=8),
 }
+for name in moe.FLAVOURS:  # whoever adds a flavour has it tested
+    FLAVOURS.setdefault(name, dict(flavour=name))
 TRAINING = dict(max_steps=6, batch_tokens=256, micro_batch=4, eval_every=3, eval_tokens=128,
                 save_every=2, warmup_steps=2, device="cpu", dtype="float32", compile="false")
 
