@@ -18,6 +18,7 @@ Papers: Switch (arXiv 2101.03961), DeepSeekMoE and V3 (2401.06066, 2412.19437), 
 (2106.04426), UniPool with KERN's NormRouter (2605.06665), ReMoE (2412.14711), PEER (2407.04153),
 MoRE (2609.18176), infinity-MoE (2601.17680). "[ours]" marks a choice that no paper makes.
 """
+import functools
 import math
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ from support.ops import best_pairs, row_products, sum_of_rows
 class Routing(NamedTuple):
     """What a discrete router decided for T tokens."""
     weights: Tensor  # (T, K) gates of the chosen experts
-    ids: Tensor      # (T, K) int64, the chosen experts, best first if learned; distinct
+    ids: Tensor      # (T, K) int64, the chosen, best first if learned; distinct for one head
     scores: Tensor   # (T, E) scores of all experts, before the cut (PEER: of its keys)
     logits: Tensor   # (T, E) what scores are made of: W_r x; for fixed routers, the scores again
 
@@ -80,7 +81,7 @@ def check_top_k(top_k: int, n_experts: int) -> None:
 
 
 class Router(nn.Module):
-    """Scores all experts and picks the top K. Subclasses define `scores`.
+    """Scores all experts and picks the top K. Subclasses define `scores`, (T, E) -> (T, E).
 
     norm_topk_prob: divide the gates by their sum. selection_bias: choose on score + bias, gate
     without it (DeepSeek-V3); the buffer is read here and written only by `update_bias`.
@@ -104,9 +105,6 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=std)
         for buffer in self.buffers():
             buffer.zero_()
-
-    def scores(self, logits: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def forward(self, x: Tensor, noise_seeds=None, token_ids=None) -> Routing:
         """x (T, D) -> Routing. noise_seeds and token_ids (T,) are for routers that need them."""
@@ -310,7 +308,6 @@ class ExpertBank(nn.Module):
     Stacked, so that one grouped matmul serves all of them and an idle expert has a zero gradient
     rather than none (DDP would wait for it forever). No biases, as in the papers' models.
     """
-    exportable = True  # transformers has such experts
     one_gradient = True  # of a pool, for all layers together (kernels.open_pool)
 
     def __init__(self, d_model: int, d_expert: int, n_experts: int, activation: str,
@@ -347,16 +344,11 @@ class ExpertBank(nn.Module):
 
 class NeuronBank(ExpertBank):
     """PEER: experts of one neuron (or a few), so many that tokens gather the rows they need."""
-    exportable = False
-
-    def __init__(self, d_model, d_expert, n_experts, activation, backend="auto"):
-        super().__init__(d_model, d_expert, n_experts, activation)
-        self.w_out = nn.Parameter(torch.empty(n_experts, d_expert, d_model))  # (E, F, D)
+    one_gradient = False
 
     def forward(self, x, routing, keep_activations=False):
-        h = row_products(x, routing.ids, self.w_in)  # (T, K, W)
-        act = activate(h, self.activation)  # (T, K, F)
-        y = sum_of_rows(act * routing.weights[..., None], routing.ids, self.w_out)  # (T, D)
+        act = activate(row_products(x, routing.ids, self.w_in), self.activation)  # (T, K, F)
+        y = sum_of_rows(act * routing.weights[..., None], routing.ids, self.w_out.mT)  # (T, D)
         return y.to(x.dtype), act if keep_activations else None
 
 
@@ -367,23 +359,18 @@ class MoE(nn.Module):
     """Router, experts, always-on experts: the layer that takes the FFN's place in a block.
 
     bank None: the experts come as an argument (a pool of GPT's), so that every weight has exactly
-    one name in a checkpoint. shared: the always-on experts. depth (D,): learned, added to x, so
-    that experts which layers share know where they are (MoRE, eq. 3).
+    one name in a checkpoint. shared: the always-on experts. d_depth, D or 0: a learned vector is
+    added to x, so that experts which layers share know where they are (MoRE, eq. 3).
     """
 
-    def __init__(self, router: nn.Module, bank: nn.Module | None = None, shared: FFN | None = None,
-                 d_depth: int = 0):
+    def __init__(self, router: nn.Module, bank=None, shared: FFN | None = None, d_depth: int = 0):
         super().__init__()
         self.router, self.bank, self.shared = router, bank, shared
-        self.depth = nn.Parameter(torch.zeros(d_depth)) if d_depth else None
-
-    def init_weights(self, std, out_std):
-        if self.depth is not None:
-            nn.init.normal_(self.depth, std=std)
+        self.depth = nn.Embedding(1, d_depth) if d_depth else None
 
     def forward(self, x, pool=None, noise_seeds=None, token_ids=None, keep_activations=False):
         """x (T, D) -> y (T, D), Routing or tuple of Codes, activations (T, K, F) or None."""
-        x = x if self.depth is None else x + self.depth
+        x = x if self.depth is None else x + self.depth.weight
         routing = self.router(x, noise_seeds, token_ids)
         bank = pool if self.bank is None else self.bank
         y, activations = bank(x, routing, keep_activations)
@@ -423,10 +410,7 @@ class GaussianRouter(nn.Module):
             nn.init.zeros_(self.logvar.bias)
 
     def of_component(self, layer, x, pick):
-        """mu or logvar (T, 1 or K, dz); K rows a token where codes are hierarchical.
-
-        x (T, 1 or K, d_in), pick (T, 1 or K, C) or None.
-        """
+        """x (T, 1 or K, d_in), pick (T, 1 or K, C) or None -> mu or logvar (T, 1 or K, dz)."""
         y = linear_fp32(x, layer.weight, layer.bias)
         y = y.unflatten(-1, (self.n_components, self.dz))  # (T, 1 or K, C, dz)
         return y[..., 0, :] if pick is None else (pick[..., None] * y).sum(-2)
@@ -487,7 +471,6 @@ class ContinuousBank(nn.Module):
     rates: N per hidden layer, None for one without a mask. mask: "post", or "pre": act(m * W x).
     share_mask: one mask for all hidden layers.
     """
-    exportable = False  # transformers has no such layer
 
     def __init__(self, d_model: int, d_ff: int, dz: int, rates: tuple, activation: str,
                  mask: str = "post", share_mask: bool = False, backend: str = "auto"):

@@ -31,7 +31,7 @@ def to_experts(dense: dict, model, noise: float = 0.0) -> dict:
     """
     c, weights, layers = model.config, model.state_dict(), model.config.moe_layers()
     if c.expert == "neuron":
-        raise ValueError("expert=neuron has no copies of an FFN: start from scratch, or take another")
+        raise ValueError("expert=neuron holds no copy of an FFN: start from scratch")
     if c.d_expert % c.d_ff:
         raise ValueError(f"d_expert={c.d_expert} must be a multiple of the dense d_ff={c.d_ff}, "
                          "whose FFN the experts copy")

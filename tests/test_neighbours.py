@@ -216,10 +216,10 @@ def test_depth_embedding_is_added_before_the_router():
     layer, pool = model.expert_layers()[1]
     x = torch.randn(7, 16)
     plain = moe.MoE(layer.router)
-    expected = plain(x + layer.depth, pool)
+    expected = plain(x + layer.depth.weight[0], pool)
     for a, b in zip(layer(x, pool)[:2], expected[:2]):
         torch.testing.assert_close(a, b)
-    assert layer.depth.any() and layer.depth.shape == (16,)
+    assert layer.depth.weight.any() and layer.depth.weight.shape == (1, 16)
     assert sum(".depth" in name for name, _ in model.named_parameters()) == 2
 
 

@@ -1,0 +1,8 @@
+"""UniPool-lock in small: 24 layers share 96 experts for 1/60 of the training, then own 4 each.
+
+CPU, minutes.
+"""
+from config.tiny_unipool import *
+
+out_dir = "out/tiny_unipool_lock"
+flavour = "lock"
