@@ -40,7 +40,16 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import parse
 from model import GPT, ModelConfig
 from support import budget, checkpoint, cpu, experts_over_ranks, files, folder, machine, upcycle
-from support.report import describe, draw_loss, log_row, open_trackers, progress, summary, tell
+from support.report import (
+    CollapseWatch,
+    describe,
+    draw_loss,
+    log_row,
+    open_trackers,
+    progress,
+    summary,
+    tell,
+)
 from support.shards import ShardReader, load_meta
 from support.usage import one_line
 
@@ -369,6 +378,7 @@ def loop(trainer, first, before, stop, ready, trackers, bar, say):
     c, ranks, size = trainer.config, trainer.ranks, trainer.model_config.block_size
     result = {"n_params": trainer.n_params, "n_active_params": trainer.n_active, "val_loss": None}
     began, peak = time.perf_counter() - before, budget.peak_flops(ranks.device)
+    watch = CollapseWatch(trainer.model_config, say)
     for step in range(first + 1, c.max_steps + 1):
         # One step; a loss that is not finite would only get worse.
         tick = time.perf_counter()
@@ -390,6 +400,7 @@ def loop(trainer, first, before, stop, ready, trackers, bar, say):
             row["aux_loss"] = aux
         if trackers and (val_loss is not None or due(step, c.log_every, c)):
             row |= trainer.model.routing_columns(stats)
+            watch(stats)
             for tracker in trackers:
                 tracker(row)
         tell(trainer, row, bar, say, peak)

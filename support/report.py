@@ -152,6 +152,56 @@ def tell(trainer, row, bar, say, peak):
             f"{span(row['seconds'])}")
 
 
+# ---- a collapse, while it can still be mended
+
+
+class CollapseWatch:
+    """Says once of each layer (or pool) that its routing has collapsed, after 100 rows of the log.
+
+    That is: in every one of them an expert took more than half of the tokens, or three quarters of
+    the experts got none in all of them. Layers that share a pool are added up: each by itself may
+    be as peaked as it likes. Where even routing gives an expert more than a quarter of the tokens
+    (K / E), half is no sign; neither is a busy neuron (infmoe).
+    """
+
+    def __init__(self, config, say, rows=100):
+        self.config, self.say, self.rows = config, say, rows
+        self.sums, self.crowded, self.seen, self.said = 0, 0, 0, set()
+
+    def __call__(self, stats):
+        """stats: of one logged step, over all ranks."""
+        if not stats:
+            return
+        c, counts = self.config, stats["counts"].cpu()  # (L, E), or a row for each infmoe mask
+        tokens = stats["tokens"].item()
+        if c.pool_groups and c.n_experts:
+            counts = counts.view(c.pool_groups, -1, counts.shape[-1])  # (G, layers of one, E)
+            tokens, counts = tokens * counts.shape[1], counts.sum(1)  # (G, E)
+        half = counts.amax(-1) > tokens / 2  # (banks,)
+        if not c.n_experts or 4 * c.top_k > c.n_experts:
+            half &= False
+        self.seen += 1
+        self.crowded = (self.crowded + 1) * half
+        self.sums = self.sums + counts
+        unused = (self.sums == 0).float().mean(-1)  # (banks,)
+        for i in range(len(counts)):
+            if self.crowded[i] >= self.rows:
+                self.warn(i, f"expert {counts[i].argmax()} has taken more than half of the tokens")
+            elif self.seen >= self.rows and unused[i] >= 0.75:
+                self.warn(i, f"{unused[i]:.0%} of the experts have had no token")
+        if self.seen >= self.rows:
+            self.sums, self.seen = 0, 0
+
+    def warn(self, i, what):
+        c, name = self.config, "pool" if self.config.pool_groups else "expert layer"
+        if i in self.said:
+            return
+        self.said.add(i)
+        now = f"balance={c.balance}" + f", balance_coef={c.balance_coef:g}" * bool(c.balance_coef)
+        self.say(f"warning: {name} {i}: {what} in {self.rows} logged steps; what usually helps: a "
+                 f"larger --balance_coef, or another --balance (now {now}), or a lower --lr")
+
+
 # ---- log.csv
 
 

@@ -12,7 +12,7 @@ from train_helpers import assert_same_state, checkpoint, make_data, tiny_run
 
 import losses
 import moe
-from support import lock, ops
+from support import lock, ops, report
 
 # ---- 1. UniPool-lock: who owns what
 
@@ -233,3 +233,46 @@ def test_random_router_never_changes_and_sees_no_gradient():
     other = build(seed=9, flavour="hash", router="random", n_experts=4, top_k=2)
     assert torch.equal(other.expert_layers()[0][0].router(x).ids, first.ids)
     assert F.one_hot(first.ids, 4).sum((0, 1)).min() > 5
+
+
+# ---- 5. A collapse is told once, with the layer's number; pools may specialise
+
+
+def told(config, counts, steps=100, change=None, tokens=100.0):
+    said = []
+    watch = report.CollapseWatch(config, said.append)
+    for step in range(steps):
+        now = torch.tensor(counts if change is None or step % 50 else change, dtype=torch.float32)
+        watch({"counts": now, "tokens": torch.tensor([tokens])})
+    return said
+
+
+def test_collapse_is_told_once_and_names_the_layer():
+    config = small(flavour="switch", n_layer=2, n_experts=8)
+    fine, crowded = [13, 13, 12, 12, 13, 12, 13, 12], [51, 7, 7, 7, 7, 7, 7, 7]
+    assert told(config, [fine, fine], 300) == []
+    said = told(config, [fine, crowded], 300)
+    assert len(said) == 1 and "expert layer 1: expert 0" in said[0] and "--balance_coef" in said[0]
+    assert "\n" not in said[0] and told(config, [fine, crowded], 99) == []
+    assert told(config, [fine, crowded], 99 + 50, change=[fine, fine]) == []  # not in a row
+    unused = told(config, [[50, 50, 0, 0, 0, 0, 0, 0], fine], 300)
+    assert len(unused) == 1 and "expert layer 0: 75% of the experts" in unused[0]
+    assert told(config, [[50, 50, 0, 0, 0, 0, 0, 0], fine], 100, change=[fine, fine]) == []
+
+
+def test_layers_of_a_pool_may_specialise():
+    """Each layer uses one expert alone, as in a locked pool of one each; together all are used."""
+    config = small(flavour="unipool", n_layer=4, n_experts=4)
+    assert told(config, (100 * torch.eye(4)).tolist(), 300) == []
+    one = [[100, 0, 0, 0]] * 4
+    assert "pool 0: expert 0" in told(config, one, 300)[0] and len(told(config, one, 300)) == 1
+    few = small(flavour="topk", n_layer=1, n_experts=4, top_k=2)
+    assert told(few, [[80, 60, 40, 20]], 300) == []  # 2 of 4: even routing gives each a half
+
+
+@pytest.mark.parametrize("flavour", ["dense", "infmoe", "switch"])
+def test_a_run_watches_its_log(data, tmp_path, monkeypatch, capsys, flavour):
+    monkeypatch.setattr(report.CollapseWatch.__init__, "__defaults__", (3,))
+    collapsed = dict(n_experts=256, balance="none") if flavour == "switch" else {}
+    tiny_run(data, tmp_path / "run", flavour, **collapsed, quiet=False)
+    assert ("warning: expert layer 0: " in capsys.readouterr().out) == (flavour == "switch")
