@@ -11,7 +11,7 @@ Move (CS-MoE's test, arXiv 2609.22199): experts of the deep half of the layers a
 of the shallow half that work for the most similar tokens (cosine of their uses; the paper compares
 activations), or by random ones. Only private experts have a layer to be moved from.
 
-Writes surgery.md next to the checkpoint (--save_dir).
+Writes the table next to the checkpoint, or into --save_dir.
 """
 from dataclasses import dataclass
 
@@ -163,7 +163,7 @@ def main():
               for a, share, way, loss in rows]
     print("\n".join(lines))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "surgery.md").write_text("\n".join([*lines, ""]))
+    (folder / "surgery").with_suffix(".md").write_text("\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":
