@@ -329,7 +329,8 @@ class GPT(nn.Module):
         if not all(hasattr(pool, "open") for pool in self.pools) or not self.pools:
             return [self.pool_of(i) for i in range(n)]
         layers = n // len(self.pools)
-        return [use for pool in self.pools for use in pool.open(layers, x, self.config.top_k)]
+        n_choices = self.expert_layers()[0][0].router.n_choices
+        return [use for pool in self.pools for use in pool.open(layers, x, n_choices)]
 
     def expert_layers(self) -> list[tuple[moe.MoE, nn.Module]]:
         """The layers with experts, each with the bank that does its work."""
