@@ -65,7 +65,8 @@ def within(function, args):
     if function.name() == "nanoexperts::experts":  # activations (N, F)
         return args[5].numel() * args[4].shape[2] * args[1].element_size()
     if function.name() == "nanoexperts::weight_grads":  # the layers' rows, one after the other
-        return sum(factor.nbytes for of_layers in args[1:5] for factor in of_layers)
+        several = len(args[1]) > 1
+        return several * sum(factor.nbytes for of_layers in args[1:5] for factor in of_layers)
     return 0
 
 

@@ -172,14 +172,16 @@ def memory_per_rank(model, c, n_ranks):
     blocks = kept_per_token(m, n)
     if c.shard == "ep":  # rows as they were sent, and as they arrived
         blocks = [b + n * (2 * m.top_k - 1) * m.d_model for b in blocks]
-    loss = 12 * m.vocab_size  # log-probabilities, and two gradients of logits
+    factors = 0  # of the product that is an expert's gradient: x, dy, act, dh
+    if m.top_k:
+        wide = 3 if m.activation == "swiglu" else 2
+        factors = n * (2 * m.d_model + m.top_k * wide * m.d_expert)
+    loss = max(12 * m.vocab_size, factors)  # log-probabilities, and two gradients of logits
     kept = sum(blocks) + loss
     if c.recompute:  # a block's input, and one block or the loss
         kept = 4 * m.d_model * m.n_layer + max(*blocks, loss)
     memory["activations"] = tokens * kept
     if m.top_k and pools:  # their gradients, and both factors of the product twice
-        wide = 3 if m.activation == "swiglu" else 2
-        factors = n * (2 * m.d_model + m.top_k * wide * m.d_expert)
         alive = tokens * (4 * m.d_model * m.n_layer if c.recompute else sum(blocks))
         late = 4 * pools + 2 * tokens * layers * factors
         if sharded:  # a layer's gradient in bf16, and the sum
