@@ -10,8 +10,8 @@ import math
 import os
 import sys
 import warnings
-from statistics import NormalDist
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -262,11 +262,18 @@ def weight_grads_one_by_one(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out):
 # 3. Masks: exactly the n largest entries of a row, and the masked FFN
 
 
-def thresholds_reference(scores, n_keep):
+def thresholds(scores, n_keep):
     """scores (R, F) -> value (R,), cut (R,) int32: what `kept` needs to keep the n_keep largest,
-    ties to the lowest column."""
-    width = scores.shape[-1]
-    value = scores.kthvalue(width - n_keep + 1, dim=-1, keepdim=True).values
+    ties to the lowest column.
+
+    numpy's partition finds the value by vector instructions, 11 to 15 times as fast as kthvalue.
+    """
+    width, last = scores.shape[-1], scores.shape[-1] - n_keep
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+        value = np.partition(scores.numpy(), last, axis=-1)[:, last, None]
+        value = torch.from_numpy(value.copy())  # (R, 1)
+    else:
+        value = scores.kthvalue(last + 1, dim=-1, keepdim=True).values
     cut = torch.full(scores.shape[:-1], width, dtype=torch.int32, device=scores.device)
     if scores.device.type != "cpu" or (scores >= value).sum() > n_keep * len(scores):  # any ties?
         tie = scores == value
@@ -277,70 +284,32 @@ def thresholds_reference(scores, n_keep):
     return value.squeeze(-1), cut
 
 
-@fused
-def close_in(scores, n_keep, quantile, steps=12):
-    """
-    scores (R, F) fp32 -> the highest level tried that n_keep entries or more reach (R,), and how
-    many reach it (R,).
-
-    n_low >= n_keep entries are at least `low`, n_high < n_keep at least `high`. The first level is
-    a Gaussian's quantile; then regula falsi on the counts, by the Illinois rule: an end that stays
-    twice counts half, so that neither end stalls.
-    """
-    low, high, mean = scores.amin(-1), scores.amax(-1), scores.mean(-1)
-    deviation = (scores.square().mean(-1) - mean.square()).clamp_min(0).sqrt()
-    level = mean + deviation * quantile
-    n_low, n_high = torch.full_like(low, scores.shape[-1]), torch.zeros_like(low)
-    above, below = torch.ones_like(low), torch.ones_like(low)  # weights of the ends
-    last = torch.zeros_like(low)  # which end moved: 1 low, -1 high
-    for _ in range(steps):
-        level = torch.minimum(torch.maximum(level, low), high)
-        n = torch.where(scores >= level.unsqueeze(-1), 1.0, 0.0).sum(-1)
-        enough, settled = n >= n_keep, n_low == n_keep
-        above = torch.where(enough, torch.where(last > 0, above / 2, above), 1.0)
-        below = torch.where(enough, 1.0, torch.where(last < 0, below / 2, below))
-        last = torch.where(enough, 1.0, -1.0)
-        raise_low, keep_high = enough & ~settled, enough | settled
-        low, n_low = torch.where(raise_low, level, low), torch.where(raise_low, n, n_low)
-        high, n_high = torch.where(keep_high, high, level), torch.where(keep_high, n_high, n)
-        a, b = (n_keep - n_high - 0.5) * above, (n_low - n_keep + 0.5) * below
-        level = high - (high - low) * (a / (a + b)).clamp(0.001, 0.999)
-    return low, n_low
-
-
-def thresholds(scores, n_keep):
-    """thresholds_reference for large scores in a third of its time, where close_in is compiled
-    (else it would take three times as long); rows that stay open (2 %) go to it."""
-    width = scores.shape[-1]
-    if not worth_compiling(scores) or scores.dtype != torch.float32:
-        return thresholds_reference(scores, n_keep)
-    if n_keep == width:  # no quantile: all are kept
-        return scores.amin(-1), torch.full(scores.shape[:1], width, dtype=torch.int32)
-    value, n = close_in(scores, n_keep, NormalDist().inv_cdf(1 - n_keep / width))
-    cut = torch.full_like(value, width, dtype=torch.int32)
-    still_open = (n != n_keep).nonzero().squeeze(-1)
-    value[still_open], cut[still_open] = thresholds_reference(scores[still_open], n_keep)
-    return value, cut
-
-
 # The masked FFN, a chunk of tokens at a time
 
 
+def ones_where_kept(scores, value, cut, ties):
+    """`kept` as 1.0 or 0.0: a product with them takes a fifth of a torch.where's time."""
+    if ties:
+        return kept(scores, value, cut).to(scores.dtype)
+    return scores.clone().ge_(value.unsqueeze(-1))
+
+
 @fused
-def mask_and_activate(scores, h, value, cut, out, activation):
+def mask_and_activate(scores, h, value, cut, ties, out, activation):
     """scores (T, K, F), h (T, W) -> act(h) * mean_k mask (T, F), into out."""
-    mask = torch.where(kept(scores, value, cut), scores, 0).mean(1)
-    out.copy_(activate(h, activation) * mask)
+    mask = scores * ones_where_kept(scores, value, cut, ties)
+    out.copy_(activate(h, activation) * mask.mean(1))
 
 
 @fused
-def mask_backward(scores, h, value, cut, du, dh, activation):
-    """du (T, F) -> the forward's u, in its place; dh (T, W); d scores, in the place of scores."""
-    keep = kept(scores, value, cut)
-    mask, act = torch.where(keep, scores, 0).mean(1), torch.empty_like(du)
+def mask_backward(scores, h, value, cut, ties, du, dh, activation):
+    """du (T, F) -> the forward's u, in its place; dh (T, W); returns d scores (T, K, F)."""
+    ones = ones_where_kept(scores, value, cut, ties)
+    mask, act = (scores * ones).mean(1), torch.empty_like(du)
     activate_backward(h, (du * mask).to(h.dtype), activation, act, dh)
-    scores.copy_(torch.where(keep, (du * act / scores.shape[1]).unsqueeze(1), 0))
+    d_mask = (du * act).div_(scores.shape[1])
     du.copy_(act * mask)
+    return ones.mul_(d_mask.unsqueeze(1))
 
 
 def token_chunks(n_tokens, numbers_per_token):
@@ -359,7 +328,8 @@ def masks(h, z, w_z, n_keep, activation):
         scores = F.linear(z[rows], w_z)  # (chunk, K, F)
         chunk_value, chunk_cut = thresholds(scores.view(-1, f), n_keep)
         value[rows], cut[rows] = chunk_value.view(-1, k), chunk_cut.view(-1, k)
-        mask_and_activate(scores, h[rows], value[rows], cut[rows], u[rows], activation)
+        ties = bool((chunk_cut < f).any())
+        mask_and_activate(scores, h[rows], value[rows], cut[rows], ties, u[rows], activation)
     return u, value, cut
 
 
@@ -368,9 +338,11 @@ def masks_backward(du, h, z, w_z, value, cut, activation):
     u, dh, dz, dw_z = du.clone(), torch.empty_like(h), torch.empty_like(z), torch.zeros_like(w_z)
     for rows in token_chunks(z.shape[0], z.shape[1] * w_z.shape[0]):
         scores = F.linear(z[rows], w_z)  # (chunk, K, F)
-        mask_backward(scores, h[rows], value[rows], cut[rows], u[rows], dh[rows], activation)
-        dz[rows] = scores @ w_z
-        dw_z.addmm_(scores.flatten(0, 1).T, z[rows].flatten(0, 1))
+        ties = bool((cut[rows] < w_z.shape[0]).any())
+        d_scores = mask_backward(
+            scores, h[rows], value[rows], cut[rows], ties, u[rows], dh[rows], activation)
+        dz[rows] = d_scores @ w_z
+        dw_z.addmm_(d_scores.flatten(0, 1).T, z[rows].flatten(0, 1))
     return u, dh, dz, dw_z
 
 

@@ -378,7 +378,7 @@ def test_topn_mask_of_any_row(row, data):
     n = data.draw(st.integers(1, len(row)))
     rows = torch.tensor([row]).to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
     assert torch.equal(kernels.topn_mask(rows, n), literal_topn(rows, n))
-    keep = kernels.kept(rows, *cpu.thresholds_reference(rows, n))
+    keep = kernels.kept(rows, *cpu.thresholds(rows, n))
     assert keep.sum() == n  # also where one is zero
 
 
@@ -484,9 +484,7 @@ LARGE_ROWS = {
 
 
 @pytest.mark.parametrize("scores", LARGE_ROWS)
-def test_thresholds_of_large_rows(scores, monkeypatch):
-    monkeypatch.setattr(cpu, "worth_compiling", lambda x: True)
-    monkeypatch.setattr(cpu, "close_in", cpu.close_in.__wrapped__)  # compiled: below, `slow`
+def test_thresholds_of_large_rows(scores):
     rows = LARGE_ROWS[scores](torch.randn(400, 3000))
     for n in (1, 750, 2999, 3000):
         keep = kernels.kept(rows, *cpu.thresholds(rows, n))
