@@ -527,7 +527,6 @@ def run_benches(names, config):
     failed = 0
     for name in names:
         table = Table(config)
-        table.tolerance = 1e-5
         print(f"\n{name} on {describe('cpu')}", flush=True)
         try:
             BENCHES[name](table)

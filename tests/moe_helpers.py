@@ -8,11 +8,11 @@ import difflib
 import functools
 import itertools
 import json
-import math
 import textwrap
 from pathlib import Path
 
 import torch
+from kernel_helpers import literal_activation
 
 import losses
 import moe
@@ -130,14 +130,6 @@ def train(model, steps, batch=8, lr=1e-2, first=0):
 
 
 # ---- the layers of moe.py as loops over tokens, choices and samples
-
-def literal_activation(h, activation):
-    """h: (F,) or (2F,) = [gate; up]."""
-    if activation == "gelu":
-        return 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-    gate, up = h[: len(h) // 2], h[len(h) // 2:]
-    return gate * torch.sigmoid(gate) * up
-
 
 def literal_moe(x, layer, bank, token_ids=None):
     """sum_k gate_k W_out act(W_in x) + always-on experts: token by token, choice by choice."""
