@@ -66,7 +66,7 @@ class ModelConfig:
     pool_groups: int | None = None  # G pools, each of adjacent layers; 0: private experts
     router: Literal[tuple(moe.ROUTERS)] | None = None
     norm_topk_prob: bool | None = None  # divide the gates of the chosen experts by their sum
-    depth_embedding: bool | None = None  # add a learned vector of the layer to what experts see
+    depth_embedding: bool | None = None  # add a learned vector per layer to its input; None: no
     lock_steps: int | None = None  # router=lock: until owners are found, and again until they are
     # alone; None: 1/60 of the training (1000 without one); 0: drawn at random, from the start
     lock_coef: float | None = None  # router=lock: of (H_l - log K)^2; None: 5e-3

@@ -36,7 +36,7 @@ from losses import (  # noqa: F401  (BALANCES is used here, the losses are passe
     specialization_loss,
     z_loss,
 )
-from support.deep import inner_std
+from support.deep import inner_scale
 from support.noise import hash32, normal_noise, uniform_noise
 from support.norm_constant import norm_router_constant
 from support.ops import best_pairs, row_products, sum_of_rows
@@ -488,7 +488,9 @@ class ContinuousBank(nn.Module):
 
     def init_weights(self, std, out_std):
         for i, w in enumerate(self.w_in):
-            nn.init.normal_(w, std=std if i == 0 else inner_std(self, i, std))
+            nn.init.normal_(w, std=std)
+            if i > 0:
+                w.data.mul_(inner_scale(self, i, std))
         nn.init.normal_(self.w_out, std=out_std)
         for w in self.w_z.values():
             nn.init.normal_(w, std=w.shape[1] ** -0.5)  # W_z z starts at unit variance [ours]

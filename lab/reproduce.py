@@ -468,7 +468,7 @@ def todo(config, records):
 
 def run_all(config):
     """One run after the other until all are done or time is up -> exit status."""
-    from prepare_data import make_missing
+    from support.missing import make_missing
     make_missing(SIZES[config.size]["dataset"], True, print)
     late = threading.Timer(60 * config.minutes, os.kill, (os.getpid(), signal.SIGTERM))
     late.daemon = True

@@ -287,6 +287,11 @@ def thresholds(scores, n_keep):
 # The masked FFN, a chunk of tokens at a time
 
 
+def any_ties(cut, width):
+    """Not asked on a GPU, which would have to wait for the answer."""
+    return cut.device.type != "cpu" or bool((cut < width).any())
+
+
 def ones_where_kept(scores, value, cut, ties):
     """`kept` as 1.0 or 0.0: a product with them takes a fifth of a torch.where's time."""
     if ties:
@@ -328,7 +333,7 @@ def masks(h, z, w_z, n_keep, activation):
         scores = F.linear(z[rows], w_z)  # (chunk, K, F)
         chunk_value, chunk_cut = thresholds(scores.view(-1, f), n_keep)
         value[rows], cut[rows] = chunk_value.view(-1, k), chunk_cut.view(-1, k)
-        ties = bool((chunk_cut < f).any())
+        ties = any_ties(chunk_cut, f)
         mask_and_activate(scores, h[rows], value[rows], cut[rows], ties, u[rows], activation)
     return u, value, cut
 
@@ -338,7 +343,7 @@ def masks_backward(du, h, z, w_z, value, cut, activation):
     u, dh, dz, dw_z = du.clone(), torch.empty_like(h), torch.empty_like(z), torch.zeros_like(w_z)
     for rows in token_chunks(z.shape[0], z.shape[1] * w_z.shape[0]):
         scores = F.linear(z[rows], w_z)  # (chunk, K, F)
-        ties = bool((cut[rows] < w_z.shape[0]).any())
+        ties = any_ties(cut[rows], w_z.shape[0])
         d_scores = mask_backward(
             scores, h[rows], value[rows], cut[rows], ties, u[rows], dh[rows], activation)
         dz[rows] = d_scores @ w_z

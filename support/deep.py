@@ -56,10 +56,10 @@ class CodeRouter(nn.Module):
         return tuple(codes)
 
 
-def inner_std(bank, i: int, std: float) -> float:
-    """Of W_i, i > 1: W_i h_{i-1} starts with the variance that W_1 x has for a normed x [ours].
+def inner_scale(bank, i: int, std: float) -> torch.Tensor:
+    """A factor for W_i, i > 1: W_i h_{i-1} starts with the variance of W_1 x, x normed [ours].
 
-    With W_1's std a deep SwiGLU FFN starts at 1 % of the stream's rms (one layer: 43 %).
+    With W_1's std alone a deep SwiGLU FFN starts at 1 % of the stream's rms (one layer: 43 %).
     """
     randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     d_ff, wanted = bank.w_out.shape[1], std * bank.w_in[0].shape[1] ** 0.5
@@ -67,4 +67,4 @@ def inner_std(bank, i: int, std: float) -> float:
     n, scores = bank.n_keep[i - 1], randn(64, 1, d_ff)
     kept = None if n is None else scores * (scores >= scores.topk(n).values[..., -1:])
     act = bank.gated(h, kept)
-    return wanted / (d_ff * act.square().mean().item()) ** 0.5
+    return wanted / (std * (d_ff * act.square().mean()).sqrt())  # a tensor: it may be a fake one

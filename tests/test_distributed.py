@@ -174,12 +174,12 @@ def test_path_estimates_and_biases_agree(runs):
 
 @pytest.fixture(scope="module")
 def second(runs):
-    """What was stopped on two ranks goes on for a step on one, then, by another torchrun, on two.
-    After that a run that speaks, and one whose rank 1 is killed. -> CompletedProcess"""
+    """What was stopped on two ranks goes on for two steps on one, then, by another torchrun, on
+    two. After that a run that speaks, and one whose rank 1 is killed. -> CompletedProcess"""
     data, jobs, real = runs / "data", [], train.train_step
 
     def stopping(holder, step):
-        if step == 3:
+        if step == 4:  # the second here: before its first there is nothing to save
             os.kill(os.getpid(), signal.SIGTERM)
         return real(holder, step)
 
@@ -188,7 +188,7 @@ def second(runs):
             patch.setattr(train, "train_step", stopping)
             out, resume = runs / f"stopped {shard}", dict(init_from="resume", micro_batch=8)
             result = here(job(data, out, "unipool", **resume))
-        assert result["signal"] == signal.SIGTERM and result["step"] == 4
+        assert result["signal"] == signal.SIGTERM and result["step"] == 5
         jobs.append(job(data, out, "unipool", init_from="resume", shard=shard))
     jobs.append(job(data, runs / "fine", "dense", quiet=False))
     command = train_command(data, runs / "lost", save_every=1, max_steps=20)[2:]

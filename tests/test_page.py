@@ -72,7 +72,7 @@ def test_losses_under_random_routing(name):
     class Other(nn.Module):
         def __init__(self, router, draw):
             super().__init__()
-            self.router, self.draw = router, draw
+            self.router, self.draw, self.n_choices = router, draw, router.n_choices
 
         def forward(self, x, *args):
             learned = self.router(x, *args)
