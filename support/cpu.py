@@ -270,12 +270,13 @@ def thresholds(scores, n_keep):
     """
     width, last = scores.shape[-1], scores.shape[-1] - n_keep
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        value = np.partition(scores.numpy(), last, axis=-1)[:, last, None]
-        value = torch.from_numpy(value.copy())  # (R, 1)
+        value = np.partition(scores.numpy(), last, axis=-1)[:, last, None].copy()  # (R, 1)
+        any_tie = np.count_nonzero(scores.numpy() >= value) > n_keep * len(scores)
+        value = torch.from_numpy(value)
     else:
-        value = scores.kthvalue(last + 1, dim=-1, keepdim=True).values
+        value, any_tie = scores.kthvalue(last + 1, dim=-1, keepdim=True).values, True  # unknown
     cut = torch.full(scores.shape[:-1], width, dtype=torch.int32, device=scores.device)
-    if scores.device.type != "cpu" or (scores >= value).sum() > n_keep * len(scores):  # any ties?
+    if any_tie:
         tie = scores == value
         wanted = n_keep - (scores > value).sum(-1, keepdim=True)  # so many of them are kept
         last = tie & (tie.cumsum(-1, dtype=torch.int32) == wanted)
@@ -318,8 +319,10 @@ def mask_backward(scores, h, value, cut, ties, du, dh, activation):
 
 
 def token_chunks(n_tokens, numbers_per_token):
-    """Slices of about equal size, some two million numbers each: they fit a CPU's cache."""
-    n_chunks = max(1, -(-n_tokens * numbers_per_token // 2**21))
+    """Slices of about equal size. What runs operation by operation should stay in a core's own
+    cache (512 KB; backward pass of 2048 x 2 x 256 scores: 11 ms instead of 28), what is compiled
+    goes through memory once and wants long loops."""
+    n_chunks = max(1, -(-n_tokens * numbers_per_token // 2 ** (21 if _compile["allowed"] else 17)))
     size = max(1, -(-n_tokens // n_chunks))
     return [slice(i, i + size) for i in range(0, n_tokens, size)]
 

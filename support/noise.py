@@ -18,6 +18,13 @@ def hash32(x):
     return (x >> 16) ^ x
 
 
+def hash32_of_int32(x):
+    """The same bits of an int32 tensor, whose products wrap around: a fifth of int64's time."""
+    for _ in range(2):
+        x = (((x >> 16) & 0xFFFF) ^ x) * 0x45D9F3B
+    return ((x >> 16) & 0xFFFF) ^ x
+
+
 def noise_seeds(sequence_keys: Tensor, positions: Tensor) -> Tensor:
     """A 32-bit seed per token: keys of the sequences (B,) int64, positions (S,) -> (B*S,) int64."""
     low, high = sequence_keys & MASK32, (sequence_keys >> 32) & MASK32
@@ -29,8 +36,8 @@ def noise_seeds(sequence_keys: Tensor, positions: Tensor) -> Tensor:
 def uniform_noise(seeds: Tensor, stream: int, n: int) -> Tensor:
     """n numbers in (0, 1) for every token and stream: seeds (T,) -> (T, n) float32."""
     salt = hash32((torch.arange(n, device=seeds.device) + hash32(stream + 1)) & MASK32)  # (n,)
-    bits = hash32((hash32(seeds)[:, None] + salt[None, :]) & MASK32)  # (T, n)
-    u = ((bits >> 8).float() + 0.5).mul(2.0**-24)
+    bits = hash32_of_int32(hash32(seeds).int()[:, None] + salt.int()[None, :])  # (T, n)
+    u = ((bits >> 8 & 0xFFFFFF).float() + 0.5).mul(2.0**-24)
     return u.clamp_max(1 - 2.0**-24)  # with all 24 bits set float32 would round up, to 1
 
 
