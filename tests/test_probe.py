@@ -34,9 +34,10 @@ import moe
 import probe
 from lab import continuous, evaluate
 from lab import pathways as pathways_lab
-from probe import ProbeConfig, Subject
+from probe import ProbeConfig
 from support import figures, hf, results, routers
 from support.routers import Layer, find_layers
+from support.subjects import Subject
 
 TOPK = dict(arch="llama", flavour="topk", n_experts=6, d_expert=24, n_kv_head=2, n_layer=4)
 OURS = {
