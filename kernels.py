@@ -17,7 +17,6 @@ token, N = T*K rows; W rows of w_in per expert: F for gelu, 2F = [gate; up] for 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 from support import cpu, mask_kernels, ops
 from support.mask_kernels import INTERPRETED, act_backward_tile, act_tile, jit, tl, triton, tuned
 from support.ops import activate, kept, merge_layers, sort_by_expert, undo_order
+from support.trust import first_of, trusted
 
 BACKENDS = ("auto", "loop", "grouped", "triton")
 
@@ -372,46 +372,9 @@ def dispatch(step, backend, *arguments):
     """A step: Triton's for "triton", torch's for "grouped", what can be trusted for "auto"."""
     if backend == "auto":
         backend = choose_backend(first_of(arguments))[0]
-        if backend == "triton" and not trusted(step, arguments):
+        if backend == "triton" and not trusted(step, *STEPS[step], arguments):
             backend = "grouped"
     return STEPS[step][backend != "triton"](*arguments)
-
-
-_trusted = {}  # (step, device, dtype, shapes) -> whether the kernel's first result was torch's
-
-
-def first_of(arguments):
-    return arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
-
-
-def trusted(step, arguments):
-    """Whether the kernel agreed with torch when it met this shape first. If not, say so once."""
-    x, shapes = first_of(arguments), [a.shape[1:] for a in arguments if isinstance(a, Tensor)]
-    key = (step, x.device, x.dtype, *shapes)
-    if key not in _trusted:
-        in_triton, in_torch = STEPS[step]
-        expected, problem = in_torch(*arguments), None
-        try:
-            error = max(map(distance, in_triton(*arguments), expected))
-            if not error < (0.03 if x.element_size() == 2 else 3e-3):
-                problem = f"is off by {error:.1e}"
-        except Exception as failure:  # of the compiler or the launch: torch can do without
-            if isinstance(failure, torch.OutOfMemoryError):
-                raise
-            reason = str(failure).strip().partition("\n")[0]
-            problem = f"fails ({type(failure).__name__}: {reason})"
-        if problem:
-            where = f"in {x.dtype} on {x.device}"
-            warnings.warn(f"the kernel for {step} {problem} {where}: not used", stacklevel=2)
-        _trusted[key] = problem is None
-    return _trusted[key]
-
-
-def distance(a, b):
-    """|a - b| / |b|, without copies (a pool's gradient fills gigabytes); NaN is infinitely far."""
-    a, b = (v if v.is_floating_point() else v.double() for v in (a, b))
-    far, size = (torch.linalg.vector_norm(v, dtype=torch.float64) for v in (a - b, b))
-    return (far / size.clamp_min(1e-30)).nan_to_num(float("inf")).item()
 
 
 step = {name: partial(dispatch, name) for name in STEPS}

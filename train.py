@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import parse
 from model import GPT, ModelConfig
-from support import budget, checkpoint, cpu, experts_over_ranks, files, folder, machine, upcycle
+from support import budget, checkpoint, cpu, experts_over_ranks, files, folder, machine, rules
 from support.report import (
     CollapseWatch,
     describe,
@@ -91,21 +91,7 @@ class TrainConfig:
     quiet: bool = False  # print nothing but errors
 
     def __post_init__(self):
-        counts = ("max_steps", "batch_tokens", "micro_batch", "eval_tokens", "log_every", "timeout")
-        for name, value in vars(self).items():
-            low = 1 if name in counts else 0
-            if isinstance(value, (int, float)) and not low <= value < 1e15:  # nor NaN
-                raise ValueError(f"{name}={value!s:.40} must be at least {low} and below 10^15")
-            if value == "" and name != "wandb":
-                raise ValueError(f"{name} is empty: give it a value, or leave it out")
-        for name in ("beta1", "beta2"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be below 1")
-        if self.min_lr is not None and self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}: change "
-                             "it or leave it out")
-        if self.shard != "none" and self.dtype == "float16":
-            raise ValueError(f"shard={self.shard} needs dtype=bfloat16 or float32, not float16")
+        rules.check(rules.training_rules(self))
 
 
 # ---- one run: data, model, optimizer
@@ -199,10 +185,7 @@ def make_model(trainer, start):
     torch.manual_seed(trainer.config.seed)
     model = GPT(trainer.model_config)
     if start is not None:
-        weights = start["model"]
-        if start["model_config"]["flavour"] == "dense" != model.config.flavour:
-            weights = upcycle.to_experts(weights, model, trainer.config.upcycle_noise)
-        folder.load_weights(model, weights, trainer.config.init_from)
+        folder.load_weights(model, start, trainer.config)
     model.recompute = trainer.config.recompute
     if trainer.config.shard in ("fsdp", "ep"):
         machine.shard_model(model, trainer.ranks, trainer.dtype, trainer.config.shard)

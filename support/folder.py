@@ -104,8 +104,12 @@ def check_type(name, value, allowed):
         raise ValueError(f"{name}={value!r:.40}: expected {kinds}")
 
 
-def load_weights(model, weights, source):
-    """Buffers may be missing (a new run may turn on a loss that keeps one), parameters may not."""
+def load_weights(model, start, config):
+    """Those of a dense model become experts' where the model has some. Buffers may be missing (a
+    new run may turn on a loss that keeps one), parameters may not."""
+    weights, source = start["model"], config.init_from
+    if start["model_config"]["flavour"] == "dense" != model.config.flavour:
+        weights = upcycle.to_experts(weights, model, config.upcycle_noise)
     try:
         missing, unknown = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # a shape: the line after the title names it

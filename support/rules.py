@@ -222,3 +222,21 @@ def share_mask_rules(c, given):
         f"infmoe_share_mask=True uses one z: infmoe_mean_from={start} must be 0 or left out")
     yield c.infmoe_z == "shared" or "infmoe_z" not in given, (
         f"infmoe_share_mask=True uses one z: set infmoe_z=shared, not infmoe_z={c.infmoe_z}")
+
+
+def training_rules(c):
+    """Of a TrainConfig."""
+    counts = ("max_steps", "batch_tokens", "micro_batch", "eval_tokens", "log_every", "timeout")
+    for name, value in vars(c).items():
+        if isinstance(value, (int, float)):
+            low = int(name in counts)  # the comparison is false for NaN, too
+            yield (low <= value < 1e15,
+                   f"{name}={value!s:.40} must be at least {low} and below 10^15")
+        yield (value != "" or name == "wandb",
+               f"{name} is empty: give it a value, or leave it out")
+    for name in ("beta1", "beta2"):
+        yield getattr(c, name) < 1, f"{name}={getattr(c, name)} must be below 1"
+    yield (c.min_lr is None or c.min_lr <= c.lr,
+           f"min_lr={c.min_lr} must lie between 0 and lr={c.lr}: change it or leave it out")
+    yield (c.shard == "none" or c.dtype != "float16",
+           f"shard={c.shard} needs dtype=bfloat16 or float32, not float16")

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from lab import bench, gpu_check
 from model import GPT, ModelConfig
-from support import cpu
+from support import cpu, trust
 
 ROOT = Path(__file__).parent.parent
 ACTIVATIONS = "gelu", "swiglu"
@@ -560,7 +560,7 @@ def test_token_chunks_cover_every_token_once():
 def use_kernel(monkeypatch):
     """`auto` believes in a GPU; gives a function that makes another the thresholds' kernel."""
     monkeypatch.setattr(kernels, "choose_backend", lambda x: ("triton", "pretend"))
-    monkeypatch.setattr(kernels, "_trusted", {})
+    monkeypatch.setattr(trust, "_trusted", {})
     return lambda f: monkeypatch.setitem(kernels.STEPS, "thresholds", (f, cpu.thresholds))
 
 
