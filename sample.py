@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 
 from configurator import parse
-from model import GPT, load_checkpoint
 from support.checkpoint import newest_run
-from support.machine import pick_device
+from support.subjects import load_checkpoint_on
 from support.tokenizer import get_tokenizer
 from support.usage import one_line
 
@@ -60,12 +59,8 @@ class SampleConfig:
 
 def load(config: SampleConfig):
     """-> model in evaluation mode, its tokenizer. ValueError or FileNotFoundError, in one line."""
-    folder = config.out_dir or newest_run()
-    tokenizer = get_tokenizer(load_checkpoint(Path(folder, "ckpt.pt"))["tokenizer"])
-    try:
-        model = GPT.from_checkpoint(folder, pick_device(config.device))
-    except RuntimeError as error:  # no such device, or no room on it
-        raise ValueError(f"{folder}, device={config.device}: {error}") from None
+    model, saved = load_checkpoint_on(config.out_dir or newest_run(), config.device)
+    tokenizer = get_tokenizer(saved["tokenizer"])
     if config.infmoe_samples is not None or config.infmoe_mean is not None:
         model.set_samples(config.infmoe_samples, config.infmoe_mean)
         most = 2**30 // (model.config.block_size * model.config.d_expert)

@@ -49,13 +49,18 @@ class Subject:
         return [[k for k, n in enumerate(numbers) if n == bank] for bank in dict.fromkeys(numbers)]
 
 
+def load_checkpoint_on(folder: str, device: str) -> tuple[GPT, dict]:
+    """-> the model of a checkpoint, in evaluation mode on a device, and what else is in it"""
+    try:
+        model = GPT.from_checkpoint(folder, pick_device(device))
+    except RuntimeError as error:  # no such device, or no room on it
+        raise ValueError(f"{folder}, device={device}: {error}") from None
+    return model, load_checkpoint(Path(folder, "ckpt.pt"))
+
+
 def load_ours(config) -> Subject:
     """A checkpoint, and the held-out text of its training or of config.dataset."""
-    saved = load_checkpoint(Path(config.out_dir, "ckpt.pt"))
-    try:
-        model = GPT.from_checkpoint(config.out_dir, pick_device(config.device))
-    except RuntimeError as error:  # no such device, or no room on it
-        raise ValueError(f"{config.out_dir}, device={config.device}: {error}") from None
+    model, saved = load_checkpoint_on(config.out_dir, config.device)
     if config.dtype != "auto":
         model.to(getattr(torch, config.dtype))
     c, tokenizer = model.config, get_tokenizer(saved["tokenizer"])
