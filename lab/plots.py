@@ -100,14 +100,17 @@ def curves(sweeps, records):
     """The sweep; the loss by K or top k at inference; by dz; and what infmoe's router does."""
     figure, ((rates, inference), (by_dz, router)) = pyplot().subplots(
         2, 2, figsize=(10, 7), layout="constrained")
-    for family, found in sweeps.items():
+    # colours come round again with another marker
+    for i, (family, found) in enumerate(sweeps.items()):
         if found:
             x, lowest = [8 * 2 ** (k / 2) for k in sorted(found)], min(found.values())
-            line, = rates.semilogx(x, [found[k] - lowest for k in sorted(found)], "o-", base=2,
-                                   label=family)
-            rates.axvline(8 * 2 ** (parabola_minimum(found) / 2), color=line.get_color(), ls=":")
+            colour, marker = COLOURS[i % len(COLOURS)], "os"[i // len(COLOURS)]
+            rates.semilogx(x, [found[k] - lowest for k in sorted(found)], marker + "-", base=2,
+                           color=colour, label=family)
+            rates.axvline(8 * 2 ** (parabola_minimum(found) / 2), color=colour, ls=":")
+    rates.xaxis.set_major_formatter("{x:g}")
     finish(rates, title="sweep: loss above its lowest; dotted: the rate used",
-           xlabel="learning rate, 1e-3")
+           xlabel="learning rate, 1e-3", ylabel="nats a byte")
     runs = lambda name: [r for (n, _), r in sorted(records.items()) if n == name]
     for name, word in (("gpt2-infmoe", "loss at K="), ("gpt2-top2-of-4", "loss at top ")):
         series = lambda r, word=word: [(int(key.removeprefix(word)), y - r["measures"][word + "2"])
