@@ -190,12 +190,14 @@ def test_written_whole_or_not_at_all(tmp_path):
     path.with_name("x.tmp").symlink_to(elsewhere)  # what a stranger may leave: not followed
     files.write_atomically(path, lambda f: f.write(b"good"))
 
-    def broken(f):
+    def broken(f, error=KeyboardInterrupt):
         f.write(b"half")
-        raise KeyboardInterrupt
+        raise error("boom")
 
     with pytest.raises(KeyboardInterrupt):
         files.write_atomically(path, broken)
+    with pytest.raises(OSError, match="boom"):  # torch says so when a disk is full
+        files.write_atomically(path, lambda f: broken(f, RuntimeError))
     with pytest.raises(OSError, match=rf"{tmp_path / 'none'}.* cannot be written: No such file"):
         files.write_atomically(tmp_path / "none/x", broken)
     assert path.read_bytes() == b"good" and elsewhere.read_text() == "precious"

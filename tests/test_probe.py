@@ -28,6 +28,7 @@ from probe_helpers import (
     text_shards,
     tokens,
 )
+from train_helpers import refused
 
 import losses
 import moe
@@ -35,7 +36,7 @@ import probe
 from lab import continuous, evaluate
 from lab import pathways as pathways_lab
 from probe import ProbeConfig
-from support import figures, hf, results, routers
+from support import figures, hf, routers
 from support.routers import Layer, find_layers
 from support.subjects import Subject
 
@@ -91,18 +92,16 @@ def test_one_layer_of_every_family(family, tmp_path, data):
                          device="cpu")
     subject = probe.load_hf(config)
     model, x = subject.model, torch.tensor(subject.windows[:, :-1])
-    assert [layer.index for layer in subject.layers] == ([1, 2] if "deepseek" in family else [0, 1,
-                                                                                              2])
-    assert {layer.n_experts
-            for layer in subject.layers} == {6} and {layer.top_k for layer in subject.layers} == {2}
+    assert [layer.index for layer in subject.layers] == [0, 1, 2]["deepseek" in family:]
+    assert {(layer.n_experts, layer.top_k) for layer in subject.layers} == {(6, 2)}
     before, weights = model(x).logits, {name: p.clone() for name, p in model.state_dict().items()}
     chosen = subject.layers[-2]
     given, passed = {}, {}  # what every router was given, and what its experts were then given
 
     def spy(layer):
-        note = lambda module, args, kwargs: passed.update({layer.index: [*args, *kwargs.values()]})
-        return [layer.router.register_forward_pre_hook(lambda module,
-                                                       args: given.update({layer.index: args[0]})),
+        see = lambda _, args: given.update({layer.index: args[0]})
+        note = lambda _, args, kwargs: passed.update({layer.index: [*args, *kwargs.values()]})
+        return [layer.router.register_forward_pre_hook(see),
                 layer.experts.register_forward_pre_hook(note, with_kwargs=True)]
 
     spies = [handle for layer in subject.layers for handle in spy(layer)]
@@ -119,8 +118,8 @@ def test_one_layer_of_every_family(family, tmp_path, data):
         if layer is not chosen:
             assert torch.equal(ids, own[2])
             continue
-        assert not torch.equal(
-            ids, own[2]) and (ids[:, 0] != ids[:, 1]).all() and ids.min() >= 0 and ids.max() < 6
+        assert not torch.equal(ids, own[2]) and (ids[:, 0] != ids[:, 1]).all()
+        assert ids.min() >= 0 and ids.max() < 6
         assert chi_square(torch.bincount(ids.flatten(), minlength=6)) < CHI_SQUARE[5]
     assert not torch.equal(changed, before)
     assert torch.equal(model(x).logits, before) and hooks_of(model) == 0
@@ -190,8 +189,8 @@ def test_layers_and_seeds_are_independent():
 def test_among_and_gates():
     among = torch.tensor([5, 0, 4, 2])
     weights, new = draw(k=2, among=among, gates="uniform")
-    assert set(new.ids.flatten().tolist()) == set(among.tolist()) and (new.ids[:, 0] != new.ids[
-        :, 1]).all()
+    assert set(new.ids.flatten().tolist()) == set(among.tolist())
+    assert (new.ids[:, 0] != new.ids[:, 1]).all()
     assert chi_square(torch.bincount(new.ids.flatten())[among]) < CHI_SQUARE[3]
     torch.testing.assert_close(new.weights, weights.mean(-1, keepdim=True).repeat(1, 2))
     assert torch.equal(draw()[0], draw()[1].weights)
@@ -205,18 +204,16 @@ def test_all_experts_is_a_permutation():
 def test_hash_is_a_function_of_the_token():
     ids = torch.randint(0, 500, (6000,), generator=torch.Generator().manual_seed(2))
     new = draw(keys=ids)[1].ids
-    table = {}
-    assert all(table.setdefault(token, row) == row for token,
-               row in zip(ids.tolist(), new.tolist()))
+    table, pairs = {}, zip(ids.tolist(), new.tolist())
+    assert all(table.setdefault(token, row) == row for token, row in pairs)
     assert chi_square(np.bincount([row[0] for row in table.values()], minlength=6)) < CHI_SQUARE[5]
 
 
 # ---- 3. infmoe: codes from N(0, I).
 
-@pytest.mark.parametrize("settings",
-                         [{}, dict(infmoe_depth=2, infmoe_z="shared"), dict(infmoe_depth=2),
-                          dict(infmoe_depth=2, infmoe_rate=(None, 0.5)), dict(infmoe_mean=True),
-                          dict(infmoe_components=3, pool_groups=1)])
+@pytest.mark.parametrize("settings", [
+    {}, dict(infmoe_depth=2, infmoe_z="shared"), dict(infmoe_depth=2), dict(infmoe_mean=True),
+    dict(infmoe_depth=2, infmoe_rate=(None, 0.5)), dict(infmoe_components=3, pool_groups=1)])
 def test_codes_are_standard_normal(settings):
     subject = subject_of(random_model(**OURS["infmoe"] | settings))
     layer, x = subject.layers[1], torch.randn(2000, 32)
@@ -285,27 +282,21 @@ def test_layers_rerouted_together_draw_independently():
         assert chi_square(torch.bincount(a * 6 + b, minlength=36)) < CHI_SQUARE[35]
 
 
-def test_skip_is_a_layer_without_experts():
-    model = random_model(**OURS["deepseek"])
-    subject, x = subject_of(model), tokens()
+@pytest.mark.parametrize("family", ["ours", "mixtral", "gpt_oss"])
+def test_skip_is_a_layer_without_experts(family, tmp_path, data):
+    """transformers' blocks return a tensor, or a tuple."""
+    if family == "ours":
+        subject = subject_of(random_model(**OURS["deepseek"]))
+        always_on = subject.model.blocks[3].ffn.shared.parameters()
+    else:
+        subject, always_on = probe.load_hf(ProbeConfig(
+            hf=saved(hf_model(family), tmp_path), dataset=data, tokens=64, device="cpu")), []
+    model, x = subject.model, tokens()
     with probe.rerouted(subject, [subject.layers[1]], "skip"):
         skipped = model(x).logits
-    for p in (model.blocks[3].ffn.bank.w_out, model.blocks[3].ffn.shared.w_out.weight):
+    for p in (*subject.layers[1].experts.parameters(), *always_on):
         p.data.zero_()
     torch.testing.assert_close(skipped, model(x).logits)
-
-
-def test_skip_in_transformers(tmp_path, data):
-    for family in ("mixtral", "gpt_oss"):  # blocks that return a tensor, and a tuple
-        model = hf_model(family)
-        subject = probe.load_hf(ProbeConfig(hf=saved(model, tmp_path / family), dataset=data,
-                                            tokens=64, device="cpu"))
-        model, x = subject.model, tokens()
-        with probe.rerouted(subject, [subject.layers[1]], "skip"):
-            skipped = model(x).logits
-        for p in subject.layers[1].experts.parameters():
-            p.data.zero_()
-        torch.testing.assert_close(skipped, model(x).logits)
 
 
 def run(tmp_path, name="probe", **settings):
@@ -315,27 +306,30 @@ def run(tmp_path, name="probe", **settings):
     return json.loads((tmp_path / name / f"{(asked or ['random_router'])[0]}.json").read_text())
 
 
-def test_ours_and_the_export_give_the_same_numbers(tmp_path, data):
-    model = random_model(**TOPK)
-    folder = save_checkpoint(model, tmp_path / "ours", data)
+def ours_and_the_export(tmp_path, data, model):
+    """What chooses a model of ours, and its export to transformers, as settings of run()."""
     hf.export(model, tmp_path / "theirs")
+    return (dict(out_dir=save_checkpoint(model, tmp_path / "ours", data)),
+            dict(hf=str(tmp_path / "theirs"), dataset=data))
+
+
+def test_ours_and_the_export_give_the_same_numbers(tmp_path, data):
+    a, b = ours_and_the_export(tmp_path, data, random_model(**TOPK))
     settings = dict(random_router_from=True, choice="both", matched_experts=3, seeds=2, tokens=2048)
-    ours = run(tmp_path, "a", out_dir=folder, batch_size=16, **settings)
-    theirs = run(tmp_path, "b", hf=str(tmp_path / "theirs"), dataset=data, batch_size=5, **settings)
+    ours = run(tmp_path, "a", **a, batch_size=16, **settings)
+    theirs = run(tmp_path, "b", **b, batch_size=5, **settings)
     # random, matched, hash, skipped; layers 2, 3, mean
     assert len(ours["rows"]) == len(theirs["rows"]) == 4 * 3
     for mine, other in zip([ours["learned"], *ours["rows"]], [theirs["learned"], *theirs["rows"]]):
         assert mine == pytest.approx(other, abs=2e-4)
-    assert run(tmp_path, "c", out_dir=folder, routing=True)["use"] == run(
-        tmp_path, "d", hf=str(tmp_path / "theirs"), dataset=data, routing=True)["use"]
+    use = [run(tmp_path, "c", **which, routing=True)["use"] for which in (a, b)]
+    assert use[0] == use[1]
 
 
 def test_rows_are_means_over_windows_seeds_and_layers(tmp_path, data):
     folder = save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "ours", data)
-    config = ProbeConfig(out_dir=folder, random_router_from=2, seeds=2, tokens=512, controls="skip",
-                         device="cpu")
-    rows = run(tmp_path, out_dir=folder, random_router_from=2, seeds=2, tokens=512,
-               controls="skip")["rows"]
+    settings = dict(out_dir=folder, random_router_from=2, seeds=2, tokens=512, controls="skip")
+    rows, config = run(tmp_path, **settings)["rows"], ProbeConfig(**settings, device="cpu")
     subject = probe.load_ours(config)
     base, change = probe.held_out(subject, config), {}
     for layer, seed in itertools.product((2, 3), (0, 1)):
@@ -360,12 +354,12 @@ def test_all_at_once(tmp_path, data):
     folder = save_checkpoint(random_model(**TOPK), tmp_path / "ours", data)
     rows = run(tmp_path, out_dir=folder, random_router_from=0, all_at_once=True, tokens=512,
                seeds=1)["rows"]
-    assert [(row["router"], row["layer"])
-            for row in rows] == [(name, "together") for name in ("random of 6", "hash", "skipped")]
+    assert [row["router"] for row in rows] == ["random of 6", "hash", "skipped"]
+    assert {row["layer"] for row in rows} == {"together"}
     subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=512, device="cpu"))
     with probe.rerouted(subject, subject.layers, "hash"):
-        assert rows[1]["loss"] == pytest.approx(probe.held_out(subject, ProbeConfig())[:, 0].mean(),
-                                                abs=1e-4)
+        expected = probe.held_out(subject, ProbeConfig())[:, 0].mean()
+    assert rows[1]["loss"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_matched_is_the_most_used(tmp_path, data):
@@ -378,8 +372,8 @@ def test_matched_is_the_most_used(tmp_path, data):
     for k, layer in enumerate(subject.layers):
         counts = collections.Counter(itertools.chain(*chosen(routings[k], none=None)))
         few = set(among[layer.index].tolist())
-        assert len(few) == 3 and min(
-            counts[e] for e in few) >= max(counts[e] for e in range(12) if e not in few)
+        others = [counts[e] for e in range(12) if e not in few]
+        assert len(few) == 3 and min(counts[e] for e in few) >= max(others)
 
 
 def test_on_benchmarks(tmp_path, data, monkeypatch):
@@ -427,13 +421,13 @@ def test_expert_use(groups, tmp_path, data):
     assert any(none) == bool(groups)  # NormRouter's scores can all be zero, a softmax's not
     pools = {0: [], 1: ["0 to 3"], 2: ["0 to 1", "2 to 3"]}[groups]
     assert [row["layer"] for row in found["rows"]] == ["0", "1", "2", "3", *pools]
-    for row, counts in zip(found["rows"],
-                           use + ([np.sum(use[:4 // groups], 0).tolist()] if groups else [])):
+    together = [np.sum(use[:4 // groups], 0).tolist()] if groups else []
+    for row, counts in zip(found["rows"], use + together):
         q = [c / sum(counts) for c in counts]
-        assert row["entropy of use"] == pytest.approx(-sum(
-            p * math.log(p) for p in q if p) / math.log(len(q)), abs=1e-4)
-        assert row["largest"] == pytest.approx(max(q) * len(q),
-                                               abs=0.01) and row["unused"] == counts.count(0)
+        entropy = -sum(p * math.log(p) for p in q if p) / math.log(len(q))
+        assert row["entropy of use"] == pytest.approx(entropy, abs=1e-4)
+        assert row["largest"] == pytest.approx(max(q) * len(q), abs=0.01)
+        assert row["unused"] == counts.count(0)
     if groups:
         layers = 4 // groups
         paths = [chosen(r, none=n) for r in routings]
@@ -449,30 +443,27 @@ def test_neuron_use(settings):
     subject = subject_of(random_model(**OURS["infmoe"] | settings))
     rows, use, banks, _ = continuous.neuron_use(subject, ProbeConfig(batch_size=2))
     codes = routings_of(subject)
-    for row, counts, (k, i) in zip(
-        rows, use, itertools.product(range(4), range(settings.get("infmoe_depth", 1)))):
-        masks = subject.layers[k].experts.masks(codes[k])[i]  # (T, K, F)
+    places = itertools.product(range(4), range(settings.get("infmoe_depth", 1)))
+    for row, counts, (k, i) in zip(rows, use, places):
+        masks, code = subject.layers[k].experts.masks(codes[k])[i], codes[k][i]  # (T, K, F)
         assert counts.tolist() == (masks != 0).sum((0, 1)).tolist()
-        assert row["sigma"] == pytest.approx((codes[k][i].logvar / 2).exp().mean().item(), abs=1e-3)
-        assert row["spread of mu"] == pytest.approx(codes[k][i].mu[:, 0].std(
-            0, correction=0).mean().item(), abs=1e-3)
+        assert row["sigma"] == pytest.approx((code.logvar / 2).exp().mean().item(), abs=1e-3)
+        spread = code.mu[:, 0].std(0, correction=0).mean().item()
+        assert row["spread of mu"] == pytest.approx(spread, abs=1e-3)
     assert sorted(r for bank in banks for r in bank) == list(range(len(rows)))
     assert len(banks) == (1 if "pool_groups" in settings else len(rows))
 
 
 def test_overlap_of_ours_and_of_the_export(tmp_path, data):
-    model = random_model(**TOPK)
-    folder = save_checkpoint(model, tmp_path / "ours", data)
-    hf.export(model, tmp_path / "theirs")
-    ours = run(tmp_path, "a", out_dir=folder, overlap=True, tokens=256)
-    theirs = run(tmp_path, "b", hf=str(tmp_path / "theirs"), dataset=data, overlap=True, tokens=256)
+    model, seen = random_model(**TOPK), {}
+    both = ours_and_the_export(tmp_path, data, model)
+    ours, theirs = (run(tmp_path, name, **which, overlap=True, tokens=256)
+                    for name, which in zip("ab", both))
     assert ours["overlap"] == pytest.approx(theirs["overlap"], abs=1e-4)
-    seen = {}
-    handle = model.blocks[1].ffn.register_forward_hook(lambda m, args,
-                                                       out: seen.update(x=args[0], routing=out[1]))
-    model(torch.tensor(probe.load_ours(ProbeConfig(out_dir=folder, tokens=256,
-                                                   device="cpu")).windows[:, :-1]))
-    handle.remove()
+    windows = probe.load_ours(ProbeConfig(**both[0], tokens=256, device="cpu")).windows[:, :-1]
+    model.blocks[1].ffn.register_forward_hook(
+        lambda _, args, out: seen.update(x=args[0], routing=out[1]))
+    model(torch.tensor(windows))
     bank, cosines = model.blocks[1].ffn.bank, []
     for x, ids in zip(seen["x"], seen["routing"].ids):
         a, b = (F.silu(h[:24]) * h[24:] for h in (bank.w_in[e] @ x for e in ids))
@@ -518,28 +509,6 @@ def test_an_earlier_probe_is_kept(tmp_path, data, monkeypatch, capsys):
     assert not (out / "routing.json").is_symlink() and (out / "routing-2.png").is_symlink()
 
 
-def test_writing_is_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "x.json"
-    results.write_atomically(path, lambda f: f.write(b"good"))
-    with pytest.raises(OSError, match="boom"):
-        results.write_atomically(path, lambda f: (f.write(b"half"), f.flush(), boom()))
-    assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
-
-
-def boom():
-    raise RuntimeError("boom")
-
-
-def test_a_kill_while_writing_leaves_what_was_there(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text("good")
-    code = ("import os, sys; from pathlib import Path; from support import results\n"
-            "results.write_atomically(Path(sys.argv[1]), lambda f: (f.write(b'half'), f.flush(), "
-            "os.kill(os.getpid(), 9)))")
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True)
-    assert done.returncode == -9 and path.read_text() == "good"
-
-
 def test_ctrl_c_is_one_line(tmp_path, data):
     folder = save_checkpoint(random_model(**TOPK), tmp_path / "x", data)
     options = [f"--out_dir={folder}", "--random_router_from", "--seeds=100000", "--device=cpu"]
@@ -555,10 +524,8 @@ def test_weights_that_are_no_numbers(tmp_path, data, monkeypatch, capsys):
     model = random_model(**TOPK)
     model.blocks[2].ffn.router.weight.data[0, 0] = math.nan
     folder = save_checkpoint(model, tmp_path / "x", data)
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, f"--out_dir={folder}", "--routing", "--device=cpu")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
+    words = [f"--out_dir={folder}", "--routing", "--device=cpu"]
+    error = refused(probe.main, words, monkeypatch, capsys)
     assert "NaN or infinite" in error and folder in error
     subject = subject_of(random_model(**TOPK))
     save = probe.saver(subject, ProbeConfig(save_dir=str(tmp_path / "y")))
@@ -591,8 +558,8 @@ def test_pathways(flavour, tmp_path, data):
             after[a][b] += 1
         usual = sum(c.most_common(1)[0][1] for c in after.values())
         assert found["path_consistency"][k] == pytest.approx(usual / 2048)
-        assert found["chance"][k] == pytest.approx(torch.bincount(ids[k + 1, :,
-                                                                      0]).max().item() / 2048)
+        likeliest = torch.bincount(ids[k + 1, :, 0]).max().item()
+        assert found["chance"][k] == pytest.approx(likeliest / 2048)
     hops = [(a * 3 // n, b * 3 // n) for k in range(3) for t in range(1024, 2048)
             for a in ids[k, t].tolist() for b in ids[k + 1, t].tolist() if n not in (a, b)]
     assert found["crossing"]["in order"] == pytest.approx(np.mean([a != b for a, b in hops]))
@@ -643,7 +610,6 @@ def test_cache_hits_equal_a_cache():
 
 
 def test_accesses_are_in_the_order_of_decoding():
-    # (L = 2, T = 2, K = 2)
     ids = np.array([[[0, 1], [2, 3]], [[1, 0], [3, 2]]], dtype=np.int16)  # (L = 2, T = 2, K = 2)
     assert pathways_lab.accesses(ids, [0, 0], 4).tolist() == [0, 1, 1, 0, 2, 3, 3, 2]  # a pool
     assert pathways_lab.accesses(ids, [0, 1], 4).tolist() == [0, 1, 5, 4, 2, 3, 7, 6]
@@ -654,16 +620,15 @@ def test_accesses_are_in_the_order_of_decoding():
 # ---- 6. Samples.
 
 def test_samples(tmp_path, data):
-    folder = save_checkpoint(random_model(
-        **OURS["infmoe"] | dict(infmoe_depth=2, infmoe_mean_from=1)), tmp_path / "x", data)
+    settings = OURS["infmoe"] | dict(infmoe_depth=2, infmoe_mean_from=1)
+    folder = save_checkpoint(random_model(**settings), tmp_path / "x", data)
     rows = run(tmp_path, out_dir=folder, samples=(1, 2, 5), tokens=512)["rows"]
     subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=512, device="cpu"))
     assert [row["K"] for row in rows] == [1, 2, 5, "z = mu"] and rows[1]["loss_change"] == 0
-    for row, change in zip(rows, (dict(n_samples=1), dict(n_samples=2), dict(n_samples=5),
-                                  dict(n_samples=2, mean=True))):
-        subject.model.set_samples(**change)
-        assert row["loss"] == pytest.approx(probe.held_out(subject, ProbeConfig())[:, 0].mean(),
-                                            abs=1e-5)
+    for row, change in zip(rows, ((1, False), (2, False), (5, False), (2, True))):
+        subject.model.set_samples(*change)
+        expected = probe.held_out(subject, ProbeConfig())[:, 0].mean()
+        assert row["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_samples_are_as_before_afterwards():
@@ -724,31 +689,26 @@ def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeyp
 ])
 def test_mistakes_are_one_line(settings, argv, words, tmp_path, data, monkeypatch, capsys):
     folder = save_checkpoint(random_model(**settings), tmp_path / "x", data)
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, f"--out_dir={folder}", "--tokens=64", "--device=cpu", *argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error
-    assert error.startswith("error: ") and error.count("\n") == 1
+    options = [f"--out_dir={folder}", "--tokens=64", "--device=cpu", *argv]
+    error = refused(probe.main, options, monkeypatch, capsys)
+    assert error.startswith("error: ") and words in error
 
 
 def test_nothing_to_probe(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for argv, words in ((["--routing", "--train=never"], "no checkpoint under out/"),
                         (["--hf=x"], "--hf needs --dataset")):
-        with pytest.raises(SystemExit):
-            command(monkeypatch, *argv)
-        assert words in capsys.readouterr().err
+        assert words in refused(probe.main, argv, monkeypatch, capsys)
 
 
 def test_a_text_file_as_dataset(tmp_path, data):
     text = tmp_path / "notes.txt"
     text.write_text("def f(x):\n    return x\n" * 40)
     folder = save_checkpoint(random_model(**TOPK), tmp_path / "ours", data)
-    windows = probe.load_ours(ProbeConfig(out_dir=folder, dataset=str(text), tokens=300,
-                                          device="cpu")).windows
-    ids = list(text.read_bytes())[:301]
-    assert windows.tolist() == [ids[i:i + CONTEXT + 1]
-                                for i in range(0, 300 - CONTEXT + 1, CONTEXT)]
+    config = ProbeConfig(out_dir=folder, dataset=str(text), tokens=300, device="cpu")
+    windows, ids = probe.load_ours(config).windows, list(text.read_bytes())[:301]
+    starts = range(0, 300 - CONTEXT + 1, CONTEXT)
+    assert windows.tolist() == [ids[i:i + CONTEXT + 1] for i in starts]
 
 
 def test_without_matplotlib(tmp_path, data, monkeypatch, capsys):
@@ -762,7 +722,7 @@ def test_without_matplotlib(tmp_path, data, monkeypatch, capsys):
 @pytest.mark.parametrize("flavour", OURS)
 def test_every_probe_of_every_flavour(flavour, tmp_path, data, monkeypatch, capsys):
     folder = save_checkpoint(random_model(**OURS[flavour]), tmp_path / "x", data)
-    argv = ["--random-router-from", "--routing",
-            "--overlap"] + (["--samples=1,4"] if flavour == "infmoe" else ["--pathways"])
+    last = "--samples=1,4" if flavour == "infmoe" else "--pathways"
+    argv = ["--random-router-from", "--routing", "--overlap", last]
     command(monkeypatch, f"--out_dir={folder}", "--tokens=512", "--device=cpu", *argv)
     assert capsys.readouterr().out.count("wrote ") == 4
