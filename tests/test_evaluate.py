@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from probe_helpers import CONTEXT, random_model, save_checkpoint
+from train_helpers import call, refused
 
 from lab import evaluate
 from support.tokenizer import get_tokenizer
@@ -176,8 +177,7 @@ def test_toy_task_equals_by_hand(harness, tmp_path, capsys, monkeypatch):
     model = random_model(**FLAVOURS["infmoe"])
     folder = save_checkpoint(model, tmp_path / "x", "data/stdlib")
     words = [f"--out_dir={folder}", "--tasks=toy", f"--include_path={TOY}", "--device=cpu"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-    evaluate.main()
+    printed = call(evaluate.main, words, monkeypatch, capsys)[1]
     right = right_norm = 0
     for item in ITEMS:
         n = len(item["question"].rstrip())
@@ -189,10 +189,9 @@ def test_toy_task_equals_by_hand(harness, tmp_path, capsys, monkeypatch):
     saved = json.loads((tmp_path / "x" / "evaluate.json").read_text())["results"]["toy"]
     assert saved["acc"] == pytest.approx(right / 50)
     assert saved["acc_norm"] == pytest.approx(right_norm / 50)
-    printed = capsys.readouterr().out
-    assert f"{2 * right:.2f}" in printed and "evaluate.json" in printed
     share = right / 50
     assert saved["acc_stderr"] == pytest.approx((share * (1 - share) / 49) ** 0.5)
+    assert "evaluate.json" in printed
     assert f"{2 * right:.2f} ±{100 * saved['acc_stderr']:.2f}" in printed
 
 
@@ -229,11 +228,9 @@ def test_mistakes_are_one_line(harness, argv, words, tmp_path, capsys, monkeypat
     monkeypatch.setattr("lm_eval.tasks.TaskManager", ours)  # listing all tasks takes seconds
     save_checkpoint(random_model(), tmp_path, "data/stdlib")
     argv = [word.replace("{x}", str(tmp_path)) for word in argv]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *argv])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main()
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: ") and words in error
+    code, _, error = call(evaluate.main, argv, monkeypatch, capsys)
+    error = error.splitlines()[-1]
+    assert code == 2 and error.startswith("error: ") and words in error
 
 
 @pytest.mark.parametrize("name", ["evaluate", "bench", "reproduce"])
@@ -255,10 +252,7 @@ def test_runs_as_a_module(tmp_path):
 def test_without_the_harness(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main()
-    assert stop.value.code == 2 and 'pip install -e ".[eval]"' in capsys.readouterr().err
+    assert 'pip install -e ".[eval]"' in refused(evaluate.main, [], monkeypatch, capsys)
 
 
 def preset_results(preset):

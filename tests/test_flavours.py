@@ -389,10 +389,7 @@ def check_balance_of_parts(overrides, monkeypatch):
     return whole[0], accumulated[0]
 
 
-BALANCED_BY_A_LOSS = flavours(lambda c: c.balance in losses.BALANCES and c.balance_coef > 0)
-
-
-@BALANCED_BY_A_LOSS
+@flavours(lambda config: config.balance in losses.BALANCES and config.balance_coef > 0)
 def test_balance_losses_of_micro_batches_differ_and_how(overrides, monkeypatch):
     """f is of one micro-batch (over all ranks): each balances itself, which is stricter."""
     whole, accumulated = check_balance_of_parts(overrides, monkeypatch)
@@ -417,13 +414,6 @@ def test_a_wrong_balance_is_noticed(family, name, wrong, monkeypatch):
     monkeypatch.setitem(losses.BALANCES, name, wrong)
     with pytest.raises(AssertionError):
         check_balance_of_parts(FAMILIES[family], monkeypatch)
-
-
-@BALANCED_BY_A_LOSS
-def test_balance_gradient_reaches_every_router(overrides):
-    model, tokens = build(**overrides), random_tokens(2, 16)
-    loss = losses_of(model, tokens).aux["balance"]
-    assert all(moves(loss, layer.router.parameters()) for layer, _ in moe_of(model))
 
 
 @flavours(lambda config: config.flavour != "dense")

@@ -57,9 +57,7 @@ def one_token():
     return [a.detach() for a in mask_inputs(1, 12, 64, 1, 6, 16, "gelu")]
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. Parity. The masked FFN: the sum over samples moved inside W_2 against K whole FFNs.
-
+# ---- 1. Parity. The masked FFN: the sum over samples moved inside W_2 against K whole FFNs.
 
 def assert_all_agree(rows):
     wrong = [row for row in rows if not row[1] <= row[2]]
@@ -149,9 +147,7 @@ def test_small_experts_go_at_once(rows, d, f, dtype, together):
     assert cpu.at_once(x, w_in, w_out, order) == together
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Expert FFN: promises
-
+# ---- 2. Expert FFN: promises
 
 @pytest.mark.parametrize("backend, device", [
     ("loop", "cpu"), ("grouped", "cpu"), ("auto", "cpu"),
@@ -238,8 +234,7 @@ def test_sort_by_expert(n_experts):
     assert torch.equal(kernels.undo_order(ids.view(-1)[order], order), ids.view(-1))
 
 
-# ------------------------------------------------------------------------------------------------
-# A pool: one gradient for all layers
+# ---- A pool: one gradient for all layers
 
 POOL = dict(flavour="unipool", arch="llama", n_layer=6, n_experts=23, top_k=2, n_head=2, d_model=16,
             d_ff=24, block_size=16, init_std=0.2, vocab_size=64)
@@ -365,9 +360,7 @@ def test_errors_name_what_and_where(layer, change, words):
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Top-n masks
-
+# ---- 3. Top-n masks
 
 NUMBERS = st.integers(-3, 3) | st.sampled_from([-0.0, float("inf"), -float("inf"), 0.5, 1e-3])
 
@@ -390,9 +383,7 @@ def test_topn_mask_gradient_passes_through_kept_entries():
     assert torch.equal(scores.grad, torch.where(kept, upstream, 0))
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Masked FFN: promises
-
+# ---- 4. Masked FFN: promises
 
 def test_decoding_reads_active_rows_only():
     """Weights of neurons that the mask leaves out may be anything, even NaN."""
@@ -468,9 +459,7 @@ def test_no_mask_is_stored():
     assert sum(saved) == sum(a.numel() for a in leaves) + 16 * 40 + 2 * 16 * 3
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Large rows on a CPU: thresholds by interpolation, loops through torch.compile
-
+# ---- 5. Large rows on a CPU: thresholds by interpolation, loops through torch.compile
 
 LARGE_ROWS = {
     "normal": lambda normal: normal,
@@ -552,9 +541,7 @@ def test_token_chunks_cover_every_token_once():
         assert rows == list(range(t))
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Which backend, and trust in it: `auto` compares a kernel's first result with torch's
-
+# ---- 6. Which backend, and trust in it: `auto` compares a kernel's first result with torch's
 
 @pytest.fixture
 def use_kernel(monkeypatch):
@@ -617,9 +604,7 @@ def test_without_triton_nothing_warns():
     assert out.stdout == "tensor([0., 0., 0., 3.])\ntorch.Size([1, 4])\n", out.stderr
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. On a GPU
-
+# ---- 7. On a GPU
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "grouped"])

@@ -35,9 +35,7 @@ def text_ids(length=21):
     return tokens(1, length)[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Discrete experts.
-
+# ---- 1. Discrete experts
 
 @pytest.mark.parametrize("name", OURS)
 def test_collect_is_what_the_model_did(name):
@@ -126,8 +124,7 @@ def test_dense_models_and_wrong_shapes_are_refused():
         collect(random_model(**OURS["topk"]), BYTES, tokens(1, 5), "two dimensions")
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Infinity-MoE.
+# ---- 2. Infinity-MoE
 
 INFMOE = BASE | dict(flavour="infmoe", infmoe_dz=8)
 
@@ -183,9 +180,7 @@ def test_other_continuous_models(settings):
     assert got["banks"] == ([0] * 4 if settings.get("pool_groups") else [0, 1, 2, 3])
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Tokens as text.
-
+# ---- 3. Tokens as text
 
 def test_spelling_of_bytes():
     ids = BYTES.encode("a</script>é\n")
@@ -193,9 +188,7 @@ def test_spelling_of_bytes():
     assert spelled == [*"a</script>", "\\xc3", "\\xa9", "\n", "<|endoftext|>"]
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The file.
-
+# ---- 4. The file
 
 def made_up(n_layers, n_experts, top_k, n=96):
     """As collect returns it, of the largest model that the page is meant for."""
@@ -255,8 +248,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path):
     assert path.read_bytes() == before
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. In a browser.
+# ---- 5. In a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from train_helpers import FLAVOURS, PYTHON, ROOT, SIZE, TRAINING, environment, make_data, run
+from train_helpers import FLAVOURS, PYTHON, ROOT, SIZE, TRAINING, call, environment, make_data, run
 
 import sample
 import train
@@ -36,17 +36,8 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, capsys, trained):
     """sample.py's main with a command line -> (exit code, stdout, stderr)"""
-    def call(*options, flavour="dense"):
-        argv = ["sample.py", f"--out_dir={trained / flavour}", *map(str, options)]
-        monkeypatch.setattr(sys, "argv", argv)
-        code = 0
-        try:
-            sample.main()
-        except SystemExit as leave:
-            code = leave.code
-        return code, *capsys.readouterr()
-
-    return call
+    return lambda *options, flavour="dense": call(
+        sample.main, [f"--out_dir={trained / flavour}", *options], monkeypatch, capsys)
 
 
 # ---- 1. text
@@ -156,13 +147,11 @@ def test_infmoe_samples_and_mean(trained, command):
 
 def test_newest_checkpoint(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--max_new_tokens=2"])
-    with pytest.raises(SystemExit) as stop:
-        sample.main()
-    assert stop.value.code == 2 and "no checkpoint under out/" in capsys.readouterr().err
+    run_it = lambda: call(sample.main, ["--max_new_tokens=2"], monkeypatch, capsys)
+    code, _, err = run_it()
+    assert code == 2 and "no checkpoint under out/" in err
     (trained / "out").symlink_to(trained)
-    assert newest_run().name == "infmoe"
-    sample.main()
+    assert newest_run().name == "infmoe" and run_it()[0] == 0
     (trained / "out").unlink()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_helpers
 from train_helpers import ROOT, assert_same_state, make_data
 
 import model
@@ -28,15 +29,8 @@ MAINS = {"train": train.main, "probe": probe.main, "sample": sample.main,
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run a script's main() -> (exit code, stderr)."""
-    def run(script, *words):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
-        code = 0
-        try:
-            MAINS[script]()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, capsys.readouterr().err
-    return run
+    return lambda script, *words: train_helpers.call(
+        MAINS[script], words, monkeypatch, capsys)[::2]
 
 
 @pytest.fixture

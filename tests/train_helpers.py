@@ -132,25 +132,25 @@ def tiny_run(data, out, flavour="dense", **changes):
 @pytest.fixture(name="command")
 def command_line(monkeypatch, capsys):
     """train.py's main with a command line -> (exit code, stdout, stderr)"""
-    def call(data, out, flavour="dense", **changes):
-        monkeypatch.setattr(sys, "argv", train_command(data, out, flavour, **changes)[1:])
-        code = 0
-        try:
-            train.main()
-        except SystemExit as leave:
-            code = leave.code
-        return code, *capsys.readouterr()
+    return lambda data, out, flavour="dense", **changes: call(
+        train.main, train_command(data, out, flavour, **changes)[2:], monkeypatch, capsys)
 
-    return call
+
+def call(main, words, monkeypatch, capsys):
+    """main() with these words as its command line -> (exit code, stdout, stderr)"""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+    code = 0
+    try:
+        main()
+    except SystemExit as leave:
+        code = leave.code or 0
+    return code, *capsys.readouterr()
 
 
 def refused(main, words, monkeypatch, capsys):
-    """main() with these words as its command line -> its one line on stderr; exit code 2"""
-    monkeypatch.setattr(sys, "argv", ["script.py", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1, error
+    """The same -> its one line on stderr; exit code 2"""
+    code, _, error = call(main, words, monkeypatch, capsys)
+    assert code == 2 and error.count("\n") == 1, error
     return error
 
 
