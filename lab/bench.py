@@ -25,7 +25,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,9 +36,11 @@ import kernels
 import moe
 import train
 from configurator import fail, parse
-from lab.reproduce import SIZES
+from lab import plots
+from lab.reproduce import configs_of, settings_of
 from model import GPT, ModelConfig
 from support import cpu, hf, machine
+from support.usage import one_line
 
 
 @dataclass
@@ -269,21 +271,16 @@ def infmoe_rows(table, what, times, reach):
 
 
 def draw_latency(curve, table, case):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print('no picture: pip install -e ".[plot]"')
-    figure = Figure(figsize=(5.5, 3.8), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    if not plots.available():
+        return
+    figure, axes = plots.pyplot().subplots(figsize=(5.5, 3.8), layout="constrained")
     for name, label in (("loop", "K FFNs, one a sample"), ("ours", "ours"),
                         ("dense", "dense FFN of the same width")):
         times = [1e3 * t[name] for t in curve.values()]
         axes.plot([100 * rate for rate in curve], times, marker="o", markersize=4, label=label)
-    axes.set(xlabel="activation rate N (%)", ylabel="forward latency (ms)", ylim=(0, None),
-             title=f"infmoe FFN, {describe(table.device)}\n{case}")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(table.path.with_name(f"infmoe_latency_{table.device}.png"))
+    plots.finish(axes, xlabel="activation rate N (%)", ylabel="forward latency (ms)",
+                 ylim=(0, None), title=f"infmoe FFN, {describe(table.device)}\n{case}")
+    plots.save(table.path.with_name(f"infmoe_latency_{table.device}.png"), figure)
 
 
 def bench_pool(table):
@@ -427,7 +424,7 @@ def bench_train(table):
 
     def step(name):
         if name not in steps:
-            steps.update(checked_steps({name: MODELS[name]}, 16, 5e-2))
+            steps.update(checked_steps({name: ModelConfig(**MODELS[name])}, 16, 5e-2))
         return steps[name]
 
     if table.config.nanogpt:
@@ -456,13 +453,12 @@ def nanogpt_rows(table, ours):
 
 
 def checked_steps(models, batch, limit, **options):
-    """{name: settings} -> {name: Step}, the loss and a gradient of each compared with the oracle's.
+    """{name: ModelConfig} -> {name: Step}, loss and a gradient of each compared with the oracle's.
 
     With bf16 a token near the boundary of two experts may change sides: hence a limit of percents.
     """
     steps = {}
-    for name, settings in models.items():
-        config = ModelConfig(**settings)
+    for name, config in models.items():
         steps[name] = training_step(config, "cpu", batch, **options)
         oracle = training_step(config, "cpu", batch, oracle=True)
         weight = "blocks.0.attention.qkv.weight"
@@ -472,10 +468,8 @@ def checked_steps(models, batch, limit, **options):
 
 def bench_tiny(table):
     """Training steps of the size that results/claims.md is made of: one thread, fp32, eager."""
-    known = {f.name for f in fields(ModelConfig)}
-    size = {name: value for name, value in SIZES["cpu"].items() if name in known}
-    models = {name: size | dict(flavour=name) for name in ("dense", "switch", "unipool")}
-    models["infmoe"] = size | dict(flavour="infmoe", infmoe_dz=32)
+    runs = dict(dense="dense", switch="vanilla", unipool="unipool", infmoe="infmoe")
+    models = {name: configs_of(settings_of("cpu", run, 1e-3)[0])[0] for name, run in runs.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cpu.allow_compile(False)  # as these runs do
@@ -551,8 +545,8 @@ def main():
         fail(f"unknown bench '{name}': expected {', '.join([*BENCHES, 'all', 'page'])}")
     # TERM ends by way of `finally`: the lock goes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        failed = 0
+    failed = 0
+    with one_line():
         if name != "page":
             torch.set_num_threads(config.threads or torch.get_num_threads())
             machine.keep_memory()  # as train.py does
@@ -561,11 +555,7 @@ def main():
                 failed = run_benches(BENCHES if name == "all" else [name], config)
         if name in ("all", "page"):
             write_page(config.out)
-        sys.exit(min(failed, 1))
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    sys.exit(min(failed, 1))
 
 
 if __name__ == "__main__":

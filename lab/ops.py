@@ -7,36 +7,18 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lab.bench import describe
+from lab.bench import describe, training_step
 from lab.reproduce import configs_of, settings_of
-from model import GPT
 
 STEPS, SHOWN = 5, 14
 RUNS = ("dense", "vanilla", "unipool", "infmoe")
 
 
-def training_step(name):
-    """A function that trains a run of lab.reproduce's cpu size on one fixed micro-batch."""
-    model_config, config = configs_of(settings_of("cpu", name, 1e-3)[0])
-    torch.manual_seed(0)
-    model = GPT(model_config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    windows = torch.randint(model_config.vocab_size, (config.micro_batch, model_config.block_size))
-    targets, noise_key = windows.roll(-1, 1), torch.arange(config.micro_batch)
-
-    def step():
-        out = model(windows, targets, noise_key=noise_key)
-        (out.loss + sum(out.aux.values())).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def measure(name):
-    """-> rows (operation, calls a step, its own ms a step), the most expensive first"""
-    step = training_step(name)
+    """A run of lab.reproduce's cpu size -> rows (operation, calls a step, its own ms a step), the
+    most expensive first"""
+    model_config, config = configs_of(settings_of("cpu", name, 1e-3)[0])
+    step = training_step(model_config, "cpu", config.micro_batch, compiled=False)
     for _ in range(3):
         step()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:

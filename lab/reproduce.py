@@ -503,9 +503,10 @@ def show_list(config):
 
 
 def main():
-    from configurator import fail, parse
+    from configurator import parse
+    from support.usage import one_line
     config = parse(ReproduceConfig, doc=__doc__).make(ReproduceConfig)
-    try:
+    with one_line():
         if config.list:
             show_list(config)
         elif config.report:
@@ -513,10 +514,6 @@ def main():
             claims.report(config.size)
         else:
             sys.exit(run_all(config))
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

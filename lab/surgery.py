@@ -20,9 +20,10 @@ import torch.nn.functional as F
 
 import moe
 import probe
-from configurator import fail, parse
+from configurator import parse
 from model import GPT
 from support import hf
+from support.usage import one_line
 
 
 @dataclass
@@ -144,7 +145,7 @@ def operate(subject, config):
 
 def main():
     config = parse(SurgeryConfig, doc=__doc__).make(SurgeryConfig)
-    try:
+    with one_line():
         if config.hf:
             hf.need_transformers()
         else:
@@ -154,8 +155,6 @@ def main():
         if c.expert != "ffn" or not moe.ROUTERS[c.router].supports:
             raise ValueError(f"{subject.name}: surgery is for FFN experts and a learned router")
         rows, folder = list(operate(subject, config)), probe.folder_of(config)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
     whole, unit = rows[0][3], f"nats per {subject.unit}"
     lines = [f"{subject.name}, {subject.windows[:, 1:].size:,} held-out tokens", "",
              f"| operation | share | chosen by | loss ({unit}) | change |", "|---|---|---|---|---|"]

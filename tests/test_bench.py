@@ -120,7 +120,7 @@ def test_rounds_are_interleaved_and_medians():
     assert "".join(called) == "aabb" + "ababab" and times["a"] < 0.02  # a slow round does not count
 
 
-MODELS = {"switch": TINY | dict(flavour="switch"), "infmoe": TINY | dict(flavour="infmoe")}
+MODELS = {flavour: ModelConfig(**TINY, flavour=flavour) for flavour in ("switch", "infmoe")}
 
 
 def test_steps_are_compared_with_the_oracle_before_they_are_timed(monkeypatch):
