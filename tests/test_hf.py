@@ -22,7 +22,7 @@ from probe_helpers import (
     text_shards,
     tokens,
 )
-from train_helpers import refused
+from train_helpers import call, refused
 
 from model import GPT
 from support import folder, hf
@@ -290,9 +290,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     trained = random_model(**TOPK)
     save_checkpoint(trained, tmp_path, "data/stdlib")
     target = tmp_path / "theirs"
-    monkeypatch.setattr(sys, "argv", ["model.py", f"--out_dir={tmp_path}", f"--export={target}"])
-    model_py.main()
-    printed = capsys.readouterr().out
+    words = [f"--out_dir={tmp_path}", f"--export={target}"]
+    printed = call(model_py.main, words, monkeypatch, capsys)[1]
     assert f"{trained.config.n_params():,}" in printed
     assert f"{trained.config.n_active_params():,}" in printed
     same_logits(trained, transformers.AutoModelForCausalLM.from_pretrained(target).eval())
@@ -326,13 +325,11 @@ def test_fine_tuning_step(tmp_path, monkeypatch, capsys):
     import train
     folder = saved(hf_model("olmoe"), tmp_path / "hf")
     data = text_shards(tmp_path / "data", 20_000, 2_000)
-    monkeypatch.setattr(sys, "argv", [
-        "train.py", f"--init_from=hf:{folder}", f"--dataset={data}", f"--out_dir={tmp_path}/out",
+    words = [
+        f"--init_from=hf:{folder}", f"--dataset={data}", f"--out_dir={tmp_path}/out",
         "--max_steps=2", "--batch_tokens=256", "--micro_batch=4", "--eval_tokens=256", "--lr=1e-3",
-        "--specialization_coef=2e-3", "--coupling_coef=1e-3", "--device=cpu", "--dtype=float32"])
-    with pytest.raises(SystemExit) as stop:
-        train.main()
-    assert stop.value.code == 0
+        "--specialization_coef=2e-3", "--coupling_coef=1e-3", "--device=cpu", "--dtype=float32"]
+    assert call(train.main, words, monkeypatch, capsys)[0] == 0
     before, after = GPT.from_hf(folder), GPT.from_checkpoint(tmp_path / "out")
     assert after.config.specialization_coef == 2e-3 and after.config.qk_norm == "full"
     assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))

@@ -28,7 +28,7 @@ from probe_helpers import (
     text_shards,
     tokens,
 )
-from train_helpers import refused
+from train_helpers import call, refused
 
 import losses
 import moe
@@ -477,10 +477,9 @@ def test_one_probe_fails_and_the_others_go_on(tmp_path, data, monkeypatch, capsy
     for source, words in ((f"--hf={theirs}", "GptOssExperts"), (f"--out_dir={ours}", "uses one")):
         options = ["--overlap", "--pathways", "--tokens=64", f"--save_dir={tmp_path}/z",
                    f"--dataset={data}"]
-        with pytest.raises(SystemExit) as stop:
-            command(monkeypatch, source, *options, "--device=cpu")
-        error = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and [line for line in error if words in line] == error[-1:]
+        code, _, error = call(probe.main, [source, *options, "--device=cpu"], monkeypatch, capsys)
+        error = error.splitlines()
+        assert code == 2 and [line for line in error if words in line] == error[-1:]
         assert error[-1].startswith("error: --overlap: ")
         assert [path.name for path in (tmp_path / "z").glob("*.json")] == ["pathways.json"]
         (tmp_path / "z" / "pathways.json").unlink()
@@ -640,14 +639,6 @@ def test_samples_are_as_before_afterwards():
 
 # ---- 7. The command line.
 
-def command(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["probe.py", *argv])
-    with pytest.raises(SystemExit) as stop:
-        probe.main()
-    if stop.value.code:
-        raise stop.value
-
-
 @pytest.mark.parametrize("argv, files, words", [
     ([], {"random_router", "routing"}, "layer"),
     (["--random-router-from", "3", "--seeds=1"], {"random_router"}, "3 "),
@@ -662,9 +653,9 @@ def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeyp
     save_checkpoint(random_model(n_layer=1), tmp_path / "out" / "older", data)
     os.utime(tmp_path / "out" / "older" / "ckpt.pt", (1, 1))
     save_checkpoint(random_model(**OURS["unipool"]), tmp_path / "out" / "newer", data)
-    command(monkeypatch, "--tokens=256", "--device=cpu", *argv)
-    printed = capsys.readouterr().out
-    assert words in printed and "out/newer" in printed
+    options = ["--tokens=256", "--device=cpu", *argv]
+    code, printed, _ = call(probe.main, options, monkeypatch, capsys)
+    assert code == 0 and words in printed and "out/newer" in printed
     assert {path.stem for path in (tmp_path / "out" / "newer").glob("*.json")} == files
     for name in files:
         found = json.loads((tmp_path / "out" / "newer" / f"{name}.json").read_text())
@@ -723,6 +714,6 @@ def test_without_matplotlib(tmp_path, data, monkeypatch, capsys):
 def test_every_probe_of_every_flavour(flavour, tmp_path, data, monkeypatch, capsys):
     folder = save_checkpoint(random_model(**OURS[flavour]), tmp_path / "x", data)
     last = "--samples=1,4" if flavour == "infmoe" else "--pathways"
-    argv = ["--random-router-from", "--routing", "--overlap", last]
-    command(monkeypatch, f"--out_dir={folder}", "--tokens=512", "--device=cpu", *argv)
-    assert capsys.readouterr().out.count("wrote ") == 4
+    argv = [f"--out_dir={folder}", "--tokens=512", "--device=cpu", "--random-router-from",
+            "--routing", "--overlap", last]
+    assert call(probe.main, argv, monkeypatch, capsys)[1].count("wrote ") == 4
