@@ -42,7 +42,7 @@ from configurator import parse
 from model import load_checkpoint
 from support import figures, files, page
 from support.results import changed, columns_of, print_table, save_results, summary
-from support.routers import another_choice, gates_and_ids, hooked
+from support.routers import another_choice, find_blocks, gates_and_ids, hooked, replayed
 from support.subjects import find_model, load_hf, load_ours
 from support.usage import one_line
 
@@ -218,15 +218,17 @@ def random_router(subject, config, save):
         groups, labels = [layers], ["together"]
     kinds = interventions(subject, config)
     metric = benchmarks(subject, config) if config.tasks else lambda: held_out(subject, config)
-    base, changes = metric(), {}  # (units, columns): units are windows or tasks
+    base, changes = metric(), defaultdict(list)  # (units, columns): units are windows or tasks
     runs = len(groups) * sum(seeds for *_, seeds in kinds.values())
     with tqdm(total=runs, desc="another router", unit="run", leave=False, disable=None) as bar:
-        for name, (how, among, seeds) in kinds.items():
-            changes[name] = np.empty((len(groups), seeds, *base.shape))
-            for i, j in np.ndindex(len(groups), seeds):
-                with rerouted(subject, groups[i], how, j, among, config.gates):
-                    changes[name][i, j] = metric() - base
-                bar.update()
+        for group in groups:
+            # held-out text comes to the first of these layers as it did before
+            start = 0 if config.tasks else group[0].index
+            with replayed(find_blocks(subject.model), start, metric):
+                for name, kind in kinds.items():
+                    found = with_another_router(subject, config, group, kind, metric, bar)
+                    changes[name].append(found - base)
+    changes = {name: np.stack(groups) for name, groups in changes.items()}
     rows = []
     for name, change in changes.items():
         parts = [(label, change[i:i + 1]) for i, label in enumerate(labels)]
@@ -239,6 +241,17 @@ def random_router(subject, config, save):
     note = f"bars: mean of {config.seeds} seeds\nwhiskers: ± standard error over {over}"
     save("random_router", {"learned": learned, "rows": rows},
          lambda: figures.random_router(subject.name, rows, note))
+
+
+def with_another_router(subject, config, layers, kind, metric, bar):
+    """-> the metric (seeds, units, columns) while these layers are rerouted as interventions say"""
+    how, among, seeds = kind
+    found = []
+    for seed in range(seeds):
+        with rerouted(subject, layers, how, seed, among, config.gates):
+            found.append(metric())
+        bar.update()
+    return np.stack(found)
 
 
 def layers_from(subject, start):

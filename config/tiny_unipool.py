@@ -1,4 +1,4 @@
-"""UniPool 469M's depth in small: 24 layers, and one pool of 96 experts that all of them route into.
+"""UniPool in small but deep: 16 layers, and one pool of 64 experts that all of them route into.
 
 CPU, minutes.
 """
@@ -6,8 +6,8 @@ from config.tiny_dense import *
 
 out_dir = "out/tiny_unipool"
 flavour = "unipool"  # NormRouter, top 1, pool loss, one pool
-n_layer = 24
-n_experts = 96  # four a layer
+n_layer = 16
+n_experts = 64  # four a layer
 n_head = 2
 d_model = 64
 d_ff = 128

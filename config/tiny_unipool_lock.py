@@ -1,4 +1,4 @@
-"""UniPool-lock in small: 24 layers share 96 experts for 1/60 of the training, then own 4 each.
+"""UniPool-lock in small: 16 layers share 64 experts for 1/60 of the training, then own 4 each.
 
 CPU, minutes.
 """

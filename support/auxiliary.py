@@ -31,7 +31,9 @@ def discrete_losses(config, layers, routings, paths):
     among = [r.weights > 0 if router.zero_is_idle else None for r in routings]
     counts = [losses.expert_counts(r.ids, n, busy) for r, busy in zip(routings, among)]
     counts = torch.stack(counts)  # (L, E)
-    entropy = torch.stack([losses.routing_entropy(r.scores.detach()) for r in routings])  # (L,)
+    step = stride(routings[0].ids.shape[0], 512)  # entropy is looked at only: of all, 6 % of a step
+    entropy = [losses.routing_entropy(r.scores.detach()[::step]) for r in routings]
+    entropy = torch.stack(entropy)  # (L,)
     tokens = counts.new_full((1,), routings[0].ids.shape[0])
     stats = {"counts": counts, "entropy": entropy * tokens, "tokens": tokens}
     if c.balance in losses.BALANCES and c.balance_coef:
@@ -88,8 +90,7 @@ def continuous_losses(config, layers, routings):
     c, aux = config, {}
     if c.balance == "none":
         tokens = next(code for code in routings[0] if code is not None).z.shape[0]
-        step = -(-tokens // 256) | 1  # odd: an even one would meet the same positions every time
-        routings = [every_nth(codes, step) for codes in routings]
+        routings = [every_nth(codes, stride(tokens, 256)) for codes in routings]
     usage = [bank.usage(codes) for (_, bank), codes in zip(layers, routings)]
     scores, counts = zip(*(pair for pairs in usage for pair in pairs))  # (T, K, F), (F,) per mask
     counts = torch.stack(counts)  # (L * masks, F)
@@ -103,6 +104,12 @@ def continuous_losses(config, layers, routings):
         stats = {"counts": counts, "tokens": counts.new_full((1,), mu.shape[1]),
                  "sigma": sigma * mu.shape[1], "mu": mu.sum(1), "mu_squared": mu.square().sum(1)}
     return aux, stats
+
+
+def stride(tokens, most):
+    """A step through a micro-step's tokens that meets at most so many. Odd: an even one would meet
+    the same positions of every sequence."""
+    return -(-tokens // most) | 1
 
 
 def every_nth(codes, step):

@@ -1,5 +1,6 @@
 """Watching and rerouting the routers of a model, ours or one of transformers', by forward hooks."""
 import contextlib
+import itertools
 import re
 from typing import NamedTuple
 
@@ -57,6 +58,48 @@ def hooked(hooks):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The blocks of our GPT, or of a model of transformers': the list that the routers are in."""
+    if hasattr(model, "blocks"):
+        return model.blocks
+    name = next(n for n, m in model.named_modules()
+                if type(m).__name__.lower().endswith("topkrouter"))
+    return model.get_submodule(re.match(r"(.*?)\.\d+\.", name)[1])
+
+
+@contextlib.contextmanager
+def replayed(blocks, start, measure):
+    """While it is open, blocks before `start` return what they did in a measure() made first.
+
+    Probes that change only later blocks are right, and spare the rest, as long as each measure()
+    takes the same batches in the same order.
+    """
+    last, before = [], list(blocks[:start])  # last: of the last of them, one output per batch
+    outputs = [None] * start  # of the others only the form counts: nobody computes with it
+
+    def keep(i):
+        def hook(module, args, output):
+            outputs[i] = output
+            if i == start - 1:
+                last.append(output)
+        return hook
+
+    if before:
+        with hooked([(block, keep(i)) for i, block in enumerate(before)]):
+            measure()
+        outputs = [itertools.repeat(output) for output in outputs[:-1]] + [itertools.cycle(last)]
+    own = [vars(block).get("forward") for block in before]  # accelerate puts its own there
+    for block, again in zip(before, outputs):
+        block.forward = lambda *args, again=again, **kwargs: next(again)
+    try:
+        yield
+    finally:
+        for block, forward in zip(before, own):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def is_codes(output):

@@ -130,7 +130,7 @@ def find_model(config):
     except FileNotFoundError as error:
         if config.train == "never":
             raise
-        print(f"{str(error).partition(':')[0]}: training the demo's model first, about 6 minutes "
+        print(f"{str(error).partition(':')[0]}: training the demo's model first, about 4 minutes "
               "on two quiet cores (--train=never refuses)", flush=True)
     root, out = Path(__file__).resolve().parent.parent, "out/demo"
     command = [sys.executable, str(root / "train.py"), str(root / "config/tiny_unipool.py")]

@@ -123,7 +123,34 @@ def test_one_layer_of_every_family(family, tmp_path, data):
         assert chi_square(torch.bincount(ids.flatten(), minlength=6)) < CHI_SQUARE[5]
     assert not torch.equal(changed, before)
     assert torch.equal(model(x).logits, before) and hooks_of(model) == 0
+    check_replayed(subject, chosen)
     assert all(torch.equal(weights[name], p) for name, p in model.state_dict().items())
+
+
+def check_replayed(subject, layer):
+    """The same numbers, bit for bit, and blocks before the layer are not computed again."""
+    measure = lambda: probe.held_out(subject, ProbeConfig(batch_size=4))
+    with probe.rerouted(subject, [layer], "random"):
+        plain = [measure(), measure()]
+    blocks, ran = routers.find_blocks(subject.model), []
+    spies = [next(block.children()).register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+             for i, block in enumerate(blocks)]
+    with routers.replayed(blocks, layer.index, measure):
+        ran.clear()
+        with probe.rerouted(subject, [layer], "random"):
+            assert np.array_equal([measure(), measure()], plain)
+    assert set(ran) == set(range(layer.index, len(blocks)))
+    measure()
+    assert set(ran) == set(range(len(blocks)))
+    for spy in spies:
+        spy.remove()
+
+
+@pytest.mark.parametrize("flavour", OURS)
+def test_earlier_blocks_are_computed_once(flavour):
+    subject = subject_of(random_model(**OURS[flavour]))
+    for layer in subject.layers:
+        check_replayed(subject, layer)
 
 
 def test_other_architectures_are_named(tmp_path, data):
