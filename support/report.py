@@ -124,7 +124,8 @@ def progress(trainer, first, say):
             bar.refresh()
 
     if trainer.compiled or count > 1:
-        bar.set_postfix_str(compiling if trainer.compiled else f"micro-step 0 of {count}")
+        first_of = f"micro-step 1 of {count}" if count > 1 else "the first step"
+        bar.set_postfix_str(f"{compiling}, then {first_of}" if trainer.compiled else first_of)
     trainer.moved = moved
     clock = threading.Thread(target=keep_time, daemon=True)
     try:

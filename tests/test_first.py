@@ -157,7 +157,7 @@ def test_the_bar_counts_micro_steps_and_hears_ctrl_c(tmp_path):
                 sent = True
     except OSError:  # the other end is closed
         pass
-    assert running.wait() == 130 and b"micro-step 0 of 32" in shown
+    assert running.wait() == 130 and b"micro-step 1 of 32" in shown
     assert re.search(rb"stopping once this step .*stopped by SIGINT after step", shown, flags=re.S)
 
 
