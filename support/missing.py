@@ -1,5 +1,4 @@
 """For train.py: data that is missing, and whose name is a source's, is made first."""
-import re
 from pathlib import Path
 
 from support import folders
@@ -34,7 +33,7 @@ def make_missing(folder: str, allowed: bool = True, say=print) -> str:
         knock()
         return make_first("pretokenized" if source == "fineweb" else source, "gpt2", path, say)
     except Unreachable as error:
-        reason = re.split(r" \(|: ", str(error))[0]
+        reason = str(error).split(" (")[0]  # without the hub's own words
         say(f"{folder} cannot be had: {reason}. Going on with Python source of this machine, "
             "another text: its losses compare to nothing published")
     source = "packages" if tokens_at_hand("packages") >= ENOUGH else "stdlib"
