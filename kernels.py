@@ -226,8 +226,8 @@ def act_backward_kernel(
     tl.store(dgate + block * n_rows + first + line, dot, mask=row_ok)
 
 
-@tuned([(256, 64, 8, 3), (128, 64, 8, 3)], [(128, 64, 8, 3), (64, 64, 4, 3)], [(64, 32, 8, 3)],
-       key=["OUT", "IN"])
+@tuned([(256, 64, 8, 5), (128, 64, 8, 5)], [(128, 64, 8, 5), (64, 64, 4, 5)], [(64, 32, 8, 3)],
+       key=["OUT", "IN"])  # of 5 stages two are the row numbers': 3 buffers, where 3 stages give 2
 @jit
 def weight_grad_kernel(
     grad, a, dw,                          # (., OUT), (., IN), (E, OUT, IN)

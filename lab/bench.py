@@ -380,7 +380,8 @@ def fixed_tokens(config, device, batch):
 
 
 def nanogpt_steps(folder, config, batch):
-    """nanoGPT's training step with our weights: as it is on a CPU, and its best."""
+    """nanoGPT's training step with our weights: as it is on a CPU, and its best there; bf16 where
+    the CPU multiplies it (elsewhere it takes 25 times as long)."""
     spec = importlib.util.spec_from_file_location("nanogpt", Path(folder, "model.py"))
     nanogpt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
@@ -396,7 +397,8 @@ def nanogpt_steps(folder, config, batch):
         forward, dtype = model, torch.float32
         if name == "best":
             optimizer = torch.optim.AdamW(optimizer.param_groups, fused=True)
-            forward, dtype = torch.compile(model), torch.bfloat16
+            forward = torch.compile(model)
+            dtype = machine.pick_dtype(train.TrainConfig(), torch.device("cpu"), True)[0]
         steps[name] = Step(model, forward, lambda out: out[1], dtype,
                            fixed_tokens(c, "cpu", batch), optimizer)
     return steps
@@ -447,7 +449,7 @@ def nanogpt_rows(table, ours):
               step.results("transformer.h.0.attn.c_attn.weight"), 5e-2)
     times = table.time(theirs | {"ours": ours}, 6)
     for name, reference, reach in (("eager", "as it is on a CPU: eager, fp32", ""),
-                                   ("best", "at its best: bf16, compiled, fused AdamW", ">= 1.1")):
+                                   ("best", "at its best: compiled, fused AdamW", ">= 1.1")):
         table.faster("training step, dense", f"nanoGPT {reference}", times[name], times["ours"],
                      reach)
 
