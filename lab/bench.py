@@ -251,13 +251,13 @@ def bench_infmoe(table):
         ours, loop = (partial(g, **options) for g in (kernels.masked_ffn, moe.masked_ffn_loop))
         agree("infmoe's FFN", ours(*args), loop(*args), 1e-5)
         what = f"T={t} D={d} F={f} N={rate:.0%} K={k}"
-        functions = {"loop": partial(loop, *args), "ours": partial(ours, *args),
-                     "dense": partial(dense_ffn, x, w_in, w_out)}
+        calls = {"loop": (loop, *args), "ours": (ours, *args),
+                 "dense": (dense_ffn, x, w_in, w_out)}
         with torch.no_grad():
-            times = curve[rate] = table.time(functions, 9)
+            times = curve[rate] = table.time({n: partial(*call) for n, call in calls.items()}, 9)
         infmoe_rows(table, f"forward, {what}", times, "<= 1.3" if rate == 0.25 else "")
         if rate == 0.25:
-            steps = {name: forward_backward(f.func, *f.args) for name, f in functions.items()}
+            steps = {name: forward_backward(*call) for name, call in calls.items()}
             infmoe_rows(table, f"forward + backward, {what}", table.time(steps, 5), "<= 1.5")
     if len(curve) > 1:
         draw_latency(curve, table, f"K={k} samples, {t} tokens, {d} wide, {f} neurons")

@@ -84,7 +84,9 @@ def grid(found, widths, depths):
                  xticklabels=widths, ylabel="layers", yticks=range(len(depths)), yticklabels=depths)
         for (w, d), (value, n) in cells.items():
             text = "not run" if value is None else f"{value:+.3f}\nn = {n}"
-            axes.text(widths.index(w), depths.index(d), text, ha="center", va="center", fontsize=8)
+            color = "white" if abs(value or 0) > 0.04 else "black"  # on the dark ends
+            axes.text(widths.index(w), depths.index(d), text, ha="center", va="center", fontsize=8,
+                      color=color)
     return figure
 
 

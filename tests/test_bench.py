@@ -72,6 +72,14 @@ def test_a_wrong_result_has_no_speed(tmp_path, monkeypatch, capsys):
     assert "infmoe's FFN disagrees with its reference" in capsys.readouterr().err
 
 
+def test_infmoe_has_all_its_rows(table):
+    bench.bench_infmoe(table)
+    rows = [json.loads(line) for line in table.path.read_text().splitlines()]
+    passes = ("forward, ", "forward + backward, ")
+    assert [[f"FFN, {p}" in row["what"] for row in rows] for p in passes] == [
+        [True, True, False, False], [False, False, True, True]]
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_nan_does_not_agree(wrong):
     with pytest.raises(ArithmeticError):
