@@ -183,8 +183,9 @@ class ReluRouter(Router):
     """ReMoE: s = relu(W_r x), and whoever is above zero works: no choice that could jump.
 
     top_k is how many should work on average. The layer loss of such scores is an L1 norm, heavier
-    on busy experts; its coefficient, times 1.2^ups, is moved towards that (auxiliary.py). All
-    experts are computed here, idle ones with gate 0: no shape depends on values [ours].
+    on busy experts; its coefficient, times 1.2^ups, is moved towards that (auxiliary.py). [ours]:
+    counts of a layer divided by their own sum in that loss, and all experts computed, idle ones
+    with gate 0, so that no shape depends on values.
     """
     zero_is_idle, supports = True, frozenset({*BALANCES, "z"})
 

@@ -273,7 +273,10 @@ def layers_from(subject, start):
 def interventions(subject, config):
     """-> {its name: (how, {layer index: experts to draw from} or None, seeds)}"""
     n, top_k = subject.layers[0].n_experts, subject.layers[0].top_k
-    few, kinds = min(config.matched_experts, n), {}
+    own = {layer.index: (layer.router.lost < 1).nonzero().flatten().cpu()
+           for layer in subject.layers if hasattr(layer.router, "lost")}  # UniPool-lock's owners
+    has = min(map(len, own.values()), default=n)
+    few, kinds = min(config.matched_experts, has), {}
     if subject.continuous and (config.choice != "all" or config.gates != "learned"):
         raise ValueError(f"choice={config.choice}, gates={config.gates}: infmoe has neither, its "
                          "codes are drawn from N(0, I)")
@@ -281,15 +284,17 @@ def interventions(subject, config):
         raise ValueError(f"choice={config.choice} draws from matched_experts={few}, and every "
                          f"token takes {top_k}: raise --matched_experts")
     if config.choice in ("all", "both"):
-        name = "random z" if subject.continuous else f"random of {n}"
-        kinds[name] = "random", None, config.seeds
+        name = "random z" if subject.continuous else f"random of {has}"
+        kinds[name] = "random", own or None, config.seeds
     if config.choice in ("matched", "both"):
         ids, _ = record(subject, config)
-        most = {layer.index: counted(ids[k], n)[:n].topk(few).indices
-                for k, layer in enumerate(subject.layers)}
+        most = {}
+        for k, layer in enumerate(subject.layers):
+            mine = own.get(layer.index, torch.arange(n))
+            most[layer.index] = mine[counted(ids[k], n)[mine].topk(few).indices]
         kinds[f"random of top {few}"] = "random", most, config.seeds
     if config.controls in ("both", "hash"):
-        kinds["hash"] = "hash", None, config.seeds
+        kinds["hash"] = "hash", own or None, config.seeds
     if config.controls in ("both", "skip"):
         kinds["skipped"] = "skip", None, 1
     return kinds

@@ -361,7 +361,7 @@ def loop(trainer, first, before, stop, ready, trackers, bar, say):
     c, ranks, size = trainer.config, trainer.ranks, trainer.model_config.block_size
     result = {"n_params": trainer.n_params, "n_active_params": trainer.n_active, "val_loss": None}
     began, peak = time.perf_counter() - before, budget.peak_flops(ranks.device)
-    watch = CollapseWatch(trainer.model_config, say)
+    watch = CollapseWatch(trainer.model, say)
     for step in range(first + 1, c.max_steps + 1):
         # One step; a loss that is not finite would only get worse.
         tick = time.perf_counter()

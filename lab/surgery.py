@@ -61,18 +61,27 @@ def study(subject, config):
             subject.model(batch[:, :-1])
             for i, ((layer, bank), (x, routing)) in enumerate(zip(layers, seen)):
                 x = x if layer.depth is None else x + layer.depth.weight
+                works = worked(layer, routing)
                 for e in range(n):
-                    token, choice = (routing.ids == e).nonzero(as_tuple=True)
+                    token, choice = ((routing.ids == e) & works).nonzero(as_tuple=True)
                     act = moe.activate(x[token] @ bank.w_in[e].T, bank.activation)
                     size = (act @ bank.w_out[e].T).norm(dim=-1)  # (tokens of e,)
                     saliency[i, e] += (routing.weights[token, choice] * size).sum().cpu()
                     used[i, e] += len(token)
-            uses.append([torch.zeros(len(r.ids), n, dtype=torch.bool).scatter(1, r.ids.cpu(), True)
-                         for _, r in seen])
+            uses.append([
+                torch.zeros(len(r.ids), n, dtype=torch.bool).scatter(
+                    1, r.ids.cpu(), worked(layer, r).cpu())
+                for (layer, _), (_, r) in zip(layers, seen)])
     finally:
         for hook in hooks:
             hook.remove()
     return used, saliency, [torch.cat(parts) for parts in zip(*uses)]
+
+
+def worked(layer, routing):
+    """(T, K) bool: ReMoE lists all experts, and those with gate 0 do nothing."""
+    idle = (routing.weights == 0) & layer.router.zero_is_idle
+    return ~idle
 
 
 def without(router, pruned):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import budget, checkpoint, machine, upcycle
+from support import budget, checkpoint, lock, machine, upcycle
 from support.files import keep_previous, write_atomically
 from support.report import NOT_KEPT, trim_log
 from support.shards import load_meta
@@ -29,7 +29,7 @@ def settings(parsed, ModelConfig, TrainConfig, GPT):
     is given comes first.
     """
     config, given = parsed.make(TrainConfig), parsed.given
-    if given.get("flavour") == "lock" and config.init_from != "resume":
+    if "lock" in (given.get("flavour"), given.get("router")) and config.init_from != "resume":
         given.setdefault("lock_steps", max(1, round(config.max_steps / 60)))
     mine = {k: v for k, v in given.items() if k in {f.name for f in fields(ModelConfig)}}
     if Path(config.dataset).is_file():
@@ -50,6 +50,9 @@ def settings(parsed, ModelConfig, TrainConfig, GPT):
         theirs = start["model_config"]
         if theirs["flavour"] == "dense" != mine.get("flavour", "dense"):
             theirs = upcycle.backbone(theirs)
+        locked = (theirs | mine).get("router") == "lock" and lock.is_locked(start["model"])
+        if locked and config.init_from != "resume":
+            mine["lock_steps"] = 0  # experts keep their owners
         model_config = ModelConfig(**(theirs | mine))
     budget.check_size(asdict(model_config))
     return model_config, config, start

@@ -49,6 +49,11 @@ def take_away(router, away, fade: float) -> None:
     router.bias.copy_(torch.where(away & (fade == 1), -1e9, 0.0))  # a checkpoint takes no -inf
 
 
+def is_locked(state: dict) -> bool:
+    """Whether the experts of a model have owners and are alone with them."""
+    return any((value == 1).any() for name, value in state.items() if name.endswith(".lost"))
+
+
 def deal_out(config, routers) -> None:
     """The control: an allocation at random, from the start."""
     per_pool, own = len(routers) // config.pool_groups, owned_by_a_layer(config)

@@ -162,11 +162,13 @@ class CollapseWatch:
     That is: in every one of them an expert took more than half of the tokens, or three quarters of
     the experts got none in all of them. Layers that share a pool are added up: each by itself may
     be as peaked as it likes. Where even routing gives an expert more than a quarter of the tokens
-    (K / E), half is no sign; neither is a busy neuron (infmoe).
+    (K / E), half is no sign; neither is a busy neuron (infmoe), nor an expert of ReMoE, where half
+    of all begin above zero.
     """
 
-    def __init__(self, config, say, rows=100):
-        self.config, self.say, self.rows = config, say, rows
+    def __init__(self, model, say, rows=100):
+        self.config, self.say, self.rows = model.config, say, rows
+        self.router = next((layer.router for layer, _ in model.expert_layers()), None)
         self.sums, self.crowded, self.seen, self.said = 0, 0, 0, set()
 
     def __call__(self, stats):
@@ -179,7 +181,7 @@ class CollapseWatch:
             counts = counts.view(c.pool_groups, -1, counts.shape[-1])  # (G, layers of one, E)
             tokens, counts = tokens * counts.shape[1], counts.sum(1)  # (G, E)
         half = counts.amax(-1) > tokens / 2  # (banks,)
-        if not c.n_experts or 4 * c.top_k > c.n_experts:
+        if not c.n_experts or 4 * c.top_k > c.n_experts or self.router.zero_is_idle:
             half &= False
         self.seen += 1
         self.crowded = (self.crowded + 1) * half
@@ -199,8 +201,11 @@ class CollapseWatch:
             return
         self.said.add(i)
         now = f"balance={c.balance}" + f", balance_coef={c.balance_coef:g}" * bool(c.balance_coef)
-        self.say(f"warning: {name} {i}: {what} in {self.rows} logged steps; what usually helps: a "
-                 f"larger --balance_coef, or another --balance (now {now}), or a lower --lr")
+        balance = f"a larger --balance_coef, or another --balance (now {now}), or "
+        if not getattr(self.router, "supports", True):  # no loss acts on its scores
+            balance = ""
+        self.say(f"warning: {name} {i}: {what} in {self.rows} logged steps; what usually helps: "
+                 f"{balance}a lower --lr")
 
 
 # ---- log.csv

@@ -139,6 +139,9 @@ def discrete_rules(c, given, router):
     yield not c.specialization_coef or c.top_k >= 2, (
         f"specialization_coef={c.specialization_coef} compares the experts of one token: it needs "
         "top_k >= 2, or specialization_coef=0")
+    yield not c.specialization_coef or c.expert != "neuron" or c.d_expert > 1, (
+        f"specialization_coef={c.specialization_coef} has no gradient where an expert is one "
+        "neuron: set d_expert >= 2, or specialization_coef=0")
     yield not c.coupling_coef or len(c.moe_layers()) >= 2, (
         f"coupling_coef={c.coupling_coef} couples adjacent expert layers, and n_layer={c.n_layer} "
         f"with moe_every={c.moe_every} leaves one: set coupling_coef=0")

@@ -14,7 +14,8 @@ GPT2 = Path(__file__).with_name("gpt2_vocabulary.xz")  # its tokens by rank, a b
 # how GPT-2 splits text
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # names of the end of text
-SPECIMEN = "def naïve(x):\n    return x ** 2  # 1,234.5\n\n\tIt's “Straße”, 東京; we'll see… 😀\n"
+SPECIMEN = ("def naïve(x):\n    return x ** 2  # 1,234.5\n\n"
+            "\tIt's “Straße”, 東京; we'll see… 😀\n")
 RUN = 100_000  # characters of whitespace; tiktoken gives up on some 500,000 of them in a row
 
 

@@ -205,6 +205,7 @@ REFUSED = [
     (dict(INF, infmoe_samples=1, specialization_coef=1e-3),
      "specialization_coef|infmoe_samples >= 2"),
     (dict(INF, infmoe_mean=True, specialization_coef=1e-3), "specialization_coef|infmoe_mean"),
+    (dict(flavour="peer", n_experts=16, top_k=2, specialization_coef=1e-3), "one neuron|d_expert"),
     (dict(INF, infmoe_mean_from=0, specialization_coef=1e-3),
      "specialization_coef|infmoe_mean_from=0"),
     (dict(DEEP, infmoe_rate=(None, 0.5), infmoe_mean_from=1, specialization_coef=1e-3),

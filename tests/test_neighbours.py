@@ -8,10 +8,17 @@ import torch
 import torch.nn.functional as F
 from moe_helpers import build, random_tokens, real_text, small, train, training_loss
 from scipy.optimize import linear_sum_assignment
-from train_helpers import assert_same_state, checkpoint, make_data, tiny_run
+from train_helpers import (  # noqa: F401  (command_line is a fixture)
+    assert_same_state,
+    checkpoint,
+    command_line,
+    make_data,
+    tiny_run,
+)
 
 import losses
 import moe
+from model import GPT
 from support import lock, ops, report
 
 # ---- 1. UniPool-lock: who owns what
@@ -114,7 +121,7 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data") / "words")
 
 
-def test_resume_across_both_boundaries(data, tmp_path):
+def test_resume_across_both_boundaries(data, tmp_path, command):
     """Owners at step 3, alone from step 6: stopped before, at and after each, bit for bit."""
     run = dict(flavour="lock", max_steps=8, lock_steps=3, warmup_steps=0, min_lr=1e-3)
     tiny_run(data, tmp_path / "whole", **run)
@@ -123,8 +130,20 @@ def test_resume_across_both_boundaries(data, tmp_path):
         tiny_run(data, tmp_path / f"{stop}", **run, init_from="resume")
         for part in ("model", "optimizer"):
             assert_same_state(*(checkpoint(tmp_path / out)[part] for out in ("whole", f"{stop}")))
-    lost = checkpoint(tmp_path / "whole")["model"]["blocks.0.ffn.router.lost"]
-    assert sorted(lost.tolist()) == [0.0] * 3 + [1.0] * 3
+    saved = checkpoint(tmp_path / "whole")["model"]
+    buffers = {name for name in saved if name.endswith((".lost", ".bias"))}
+    assert sorted(saved["blocks.0.ffn.router.lost"].tolist()) == [0.0] * 3 + [1.0] * 3
+    # a new run from it: its experts keep their owners, whatever lock_steps would be
+    train_on = dict(run, lock_steps=2, max_steps=2, init_from=str(tmp_path / "whole"))
+    assert command(data, tmp_path / "new", **train_on)[0] == 0
+    new = checkpoint(tmp_path / "new")["model"]
+    assert buffers and all(torch.equal(saved[name], new[name]) for name in buffers)
+
+
+def test_lock_steps_follow_the_length_of_the_run(data, tmp_path, command):
+    """Also where the flavour's name is another's."""
+    assert command(data, tmp_path, "unipool", router="lock", max_steps=2)[0] == 0
+    assert torch.load(tmp_path / "ckpt.pt")["model_config"]["lock_steps"] == 1
 
 
 @pytest.mark.parametrize("wrong, words", [
@@ -240,7 +259,8 @@ def test_random_router_never_changes_and_sees_no_gradient():
 
 def told(config, counts, steps=100, change=None, tokens=100.0):
     said = []
-    watch = report.CollapseWatch(config, said.append)
+    with torch.device("meta"):
+        watch = report.CollapseWatch(GPT(config), said.append)
     for step in range(steps):
         now = torch.tensor(counts if change is None or step % 50 else change, dtype=torch.float32)
         watch({"counts": now, "tokens": torch.tensor([tokens])})
@@ -268,6 +288,13 @@ def test_layers_of_a_pool_may_specialise():
     assert "pool 0: expert 0" in told(config, one, 300)[0] and len(told(config, one, 300)) == 1
     few = small(flavour="topk", n_layer=1, n_experts=4, top_k=2)
     assert told(few, [[80, 60, 40, 20]], 300) == []  # 2 of 4: even routing gives each a half
+    relu = small(flavour="remoe", n_layer=1, n_experts=8)
+    assert told(relu, [[60] * 8], 300) == []  # before its L1 has grown
+
+
+def test_advice_names_only_what_the_router_takes():
+    words, = told(small(flavour="hash", n_layer=1, n_experts=8), [[90, 10] + [0] * 6], 100)
+    assert "--balance" not in words and "--lr" in words
 
 
 @pytest.mark.parametrize("flavour", ["dense", "infmoe", "switch"])

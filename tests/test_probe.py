@@ -403,6 +403,19 @@ def test_matched_is_the_most_used(tmp_path, data):
         assert len(few) == 3 and min(counts[e] for e in few) >= max(others)
 
 
+def test_a_locked_model_draws_from_what_a_layer_owns(tmp_path, data):
+    model = random_model(**OURS["unipool"] | dict(flavour="lock", top_k=1, lock_steps=0))
+    config = ProbeConfig(out_dir=save_checkpoint(model, tmp_path / "ours", data), tokens=256,
+                         random_router_from=True, choice="both", device="cpu")
+    subject = probe.load_ours(config)
+    kinds = probe.interventions(subject, config)
+    own = [set((layer.router.lost < 1).nonzero().flatten().tolist()) for layer in subject.layers]
+    size, = set(map(len, own))
+    for name in (f"random of {size}", f"random of top {size}", "hash"):
+        among = kinds[name][1]
+        assert [set(among[layer.index].tolist()) for layer in subject.layers] == own
+
+
 def test_on_benchmarks(tmp_path, data, monkeypatch):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     from test_evaluate import TOY

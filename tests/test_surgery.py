@@ -5,6 +5,7 @@ from moe_helpers import build
 from probe_helpers import save_checkpoint, text_shards
 from train_helpers import refused
 
+import losses
 import moe
 from lab import surgery
 
@@ -34,7 +35,7 @@ def test_without_is_a_router_of_fewer_rows(router):
 
 @pytest.mark.parametrize("overrides", [
     dict(flavour="topk", arch="llama", n_experts=4, n_layer=4),
-    dict(flavour="unipool", n_experts=8),
+    dict(flavour="unipool", n_experts=8), dict(flavour="remoe", n_experts=4),
     dict(flavour="deepseek", n_experts=4, arch="llama")], ids=lambda o: o["flavour"])
 def test_table_of_a_checkpoint(overrides, tmp_path, monkeypatch, capsys):
     """Every row is there; the model is whole again after each operation; saliency is literal."""
@@ -49,7 +50,7 @@ def test_table_of_a_checkpoint(overrides, tmp_path, monkeypatch, capsys):
     assert len({round(float(r[3]), 7) for r in rows}) > 2
     assert next(surgery.operate(subject, config))[3] == rows[0][3]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), subject.model.parameters()))
-    saliency = surgery.study(subject, config)[1]
+    used, saliency, uses = surgery.study(subject, config)
     seen = []
     layer, bank = subject.model.expert_layers()[0]
     layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out[1])))
@@ -62,6 +63,12 @@ def test_table_of_a_checkpoint(overrides, tmp_path, monkeypatch, capsys):
                 hidden = moe.activate(bank.w_in[e] @ row, bank.activation)
                 literal[e] += (gate * (bank.w_out[e] @ hidden).norm()).detach()
     torch.testing.assert_close(saliency[0], literal, rtol=1e-4, atol=1e-4)
+    idle = model.config.flavour == "remoe"  # it lists experts with gate 0, too
+    working = torch.zeros(model.config.n_experts)
+    for _, routing in seen:
+        working += losses.expert_counts(
+            routing.ids[(routing.weights > 0) | (not idle)], model.config.n_experts)
+    assert used[0].tolist() == working.tolist() == uses[0].sum(0).tolist()
     monkeypatch.setattr("sys.argv", ["surgery", f"--out_dir={tmp_path / 'run'}", "--tokens=256"])
     surgery.main()
     assert "| prune | 25% | saliency |" in (tmp_path / "run/surgery.md").read_text()
