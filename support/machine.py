@@ -159,13 +159,20 @@ class Stop(list):
 @contextlib.contextmanager
 def stop_signals():
     """-> Stop, which the loop looks at after each step. A second Ctrl-C leaves at once, and so does
-    any signal while there is nothing to save, unless other ranks would be left alone."""
-    received = Stop()
+    any signal while there is nothing to save, unless other ranks would be left alone. A compiler's
+    callbacks may lose the exception, without a word then: it is raised again after two seconds."""
+    received, alarm = Stop(), getattr(signal, "SIGALRM", None)  # Windows has none
     received.nothing_to_save = os.environ.get("WORLD_SIZE", "1") == "1"
 
     def note(number, frame):
+        if number == alarm:
+            if not received.nothing_to_save:  # the step has ended after all
+                return
+            number = received[-1]
         leave = received.nothing_to_save or signal.SIGINT in received
-        received.append(number)  # also if what it interrupts (a compiler) swallows the exception
+        received.append(number)
+        if alarm and received.nothing_to_save:
+            signal.setitimer(signal.ITIMER_REAL, 2)
         if number == signal.SIGINT and leave:
             raise KeyboardInterrupt
         if received.nothing_to_save:  # SIGTERM: a first step may take an hour
@@ -176,10 +183,15 @@ def stop_signals():
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
         yield received
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = filter(None, (signal.SIGINT, signal.SIGTERM, alarm))
+    before, lost = {number: signal.signal(number, note) for number in numbers}, sys.unraisablehook
+    sys.unraisablehook = lambda u: received or lost(u)
     try:
         yield received
     finally:
+        sys.unraisablehook = lost
+        if alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -652,6 +652,24 @@ def test_ctrl_c_in_a_first_step(data, tmp_path, command, monkeypatch, swallowed)
     assert (tmp_path / "out/ckpt.pt").exists() == swallowed
 
 
+class Callback:
+    """What Python calls where an exception goes nowhere."""
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_that_a_callback_loses(data, tmp_path, command, monkeypatch):
+    """In a first step of an hour: it is raised again, and nothing is printed of the first."""
+    def hour(*_, **__):
+        Callback()
+        time.sleep(30)
+
+    monkeypatch.setattr(GPT, "forward", hour)
+    began = time.time()
+    code, _, err = command(data, tmp_path / "out")
+    assert (code, err.strip()) == (130, "stopped by Ctrl-C") and time.time() - began < 20
+
+
 def test_folder_that_cannot_be_written(data, tmp_path, command):
     (tmp_path / "file").write_text("")
     assert_refused(command(data, tmp_path / "file/out"), "cannot be written", "Not a directory")
