@@ -134,11 +134,11 @@ The smallest scales at which others measured:
 
 | who | scale | found |
 |---|---|---|
-| 2605.13769, TinyStories | below 25M | losses: dense 1.6545, 4 experts top 2 1.5788, dense of equal total 1.5608 |
+| 2605.13769, TinyStories | below 25M | dense 1.6545, top 2 of 4 1.5788, dense, equal total 1.5608 |
 | hbfreed, WikiText | 13.8M active | losses 3.6034, 3.4203, 3.3352 |
 | MoEUT, 2405.16039 | from 44M | |
 | UniPool, 2605.06665, Pile | 182M, 30B tokens | loss: dense 2.042, vanilla 1.9317, UniPool 1.9029 |
-| infinity-MoE, 2601.17680, FineWeb | 129M active, 10B tokens | zero-shot 39.8, 2.5 % above MoE at low K |
+| infinity-MoE, 2601.17680, FineWeb | 129M active, 10B tokens | zero-shot 39.8: MoE + 2.5 %, low K |
 | specialization, coupling, 2602.14159 | 1.1B | perplexity 12.50 to 12.27 |
 | here | 0.4M active, 0.4M to 3.4M stored, 2M tokens | above |
 """  # noqa: E501
