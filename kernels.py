@@ -22,12 +22,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from support import cpu, mask_kernels, ops
 from support.mask_kernels import INTERPRETED, act_backward_tile, act_tile, jit, tl, triton, tuned
-from support.ops import activate, kept, merge_layers, sort_by_expert, undo_order
+from support.ops import kept, merge_layers, sort_by_expert, undo_order
 from support.trust import first_of, trusted
 
 BACKENDS = ("auto", "loop", "grouped", "triton")
@@ -340,7 +339,7 @@ def experts_backward(dy, d_acts, x, weights, w_in, w_out, order, ends, h, activa
 
 def weight_grads(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out):
     """Of one layer, or of all layers of a pool: the longer the product, the fewer weights a row."""
-    place, token, ends = merge_layers(tokens, all_ends, len(xs[0]))
+    place, token, ends = merge_layers(tokens, all_ends, map(len, xs))
     x, dy, act, dh = (of[0] if place is None else torch.cat(of) for of in (xs, dys, acts, dhs))
     dw_in = launch_weight_grad(dh, x, w_in, place, token, ends)
     return dw_in, launch_weight_grad(dy, act, w_out, token, place, ends)
@@ -378,7 +377,7 @@ def dispatch(step, backend, *arguments):
 
 
 step = {name: partial(dispatch, name) for name in STEPS}
-experts_op, tickets_op = ops.make_experts(
+experts_op, tickets_op, late_tickets = ops.make_experts(
     step["experts_forward"], step["experts_backward"], step["weight_grads"])
 masked_op = ops.make_masked(step["masks"], step["masks_backward"], cpu.linear)
 thresholds_op = ops.make_thresholds(step["thresholds"])
@@ -409,6 +408,8 @@ def expert_ffn(
         shapes = f"ids {tuple(ids.shape)}, weights {tuple(weights.shape)}"
         raise ValueError(f"{shapes}: expected ({t}, K) both, T = {t} as in x")
     x, w_in, w_out = (a.to(working_dtype(x)) for a in (x, w_in, w_out))
+    if callable(tickets):
+        tickets = tickets(ops.factor_shapes(t, ids.shape[1], w_in, w_out), x.dtype)
     y, acts = experts_op(
         backend, x.contiguous(), weights.contiguous(), w_in, w_out, *sort_by_expert(ids, e),
         activation, needs_gradient(x, weights, w_in, w_out), keep_activations, *tickets)
@@ -416,11 +417,12 @@ def expert_ffn(
 
 
 def open_pool(
-    w_in: Tensor, w_out: Tensor, n_layers: int, x: Tensor, top_k: int, backend: str = "auto",
+    w_in: Tensor, w_out: Tensor, n_layers: int, x: Tensor, top_k: int | None, backend: str = "auto",
 ) -> list[tuple]:
     """
     For each of n_layers that will share a pool in this forward pass: w_in, w_out and tickets, which
-    expert_ffn takes in their place. x (T, D): shape and dtype of the layers' inputs.
+    expert_ffn takes in their place. x (T, D): shape and dtype of the layers' inputs; top_k None: a
+    layer's rows are not known before they arrive (experts over ranks).
 
     Were the weights passed plainly, each layer's backward pass would write a gradient as large as
     the pool, and autograd would add them: a pool grows with the depth, so this traffic grows with
@@ -430,16 +432,17 @@ def open_pool(
     """
     if not needs_gradient(w_in, w_out):
         return [(w_in, w_out, ())] * n_layers
-    dtype, (t, d), (f, wide) = working_dtype(x), x.shape, (w_out.shape[2], w_in.shape[1])
-    n = t * top_k
-    shapes = (t, d), (t, d), (n, f), (n, wide), (n,), (len(w_in),)
-    tickets = tickets_op(backend, w_in, w_out, shapes, n_layers, dtype)
+    dtype = working_dtype(x)
+    if top_k is None:
+        tickets = [late_tickets(backend, w_in, w_out)] * n_layers
+    else:
+        tickets = tickets_op(backend, w_in, w_out, n_layers, len(x), top_k, dtype)
     w_in, w_out = (w.detach().to(dtype) for w in (w_in, w_out))  # one cast for all layers
-    return [(w_in, w_out, tickets[i:i + 6]) for i in range(0, len(tickets), 6)]
+    return [(w_in, w_out, of_layer) for of_layer in tickets]
 
 
 def masked_ffn(
-    x: Tensor, z: Tensor, w_in: Tensor, w_out: Tensor, w_z: Tensor, n_keep: int | None,
+    x: Tensor, z: Tensor, w_in: Tensor, w_out: Tensor, w_z: Tensor, n_keep: int,
     activation: str, backend: str = "auto",
 ) -> Tensor:
     """
@@ -447,7 +450,7 @@ def masked_ffn(
     the masks act after the activation: y = w_out ( act(w_in x) * (1/K) sum_k topn_mask(w_z z_k) ).
 
     x (T, D); z (T, K, dz); w_in (F, D) for "gelu", (2F, D) = [gate; up] rows for "swiglu"; w_out
-    (D, F); w_z (F, dz); n_keep: so many entries of each mask keep their raw value; None keeps all.
+    (D, F); w_z (F, dz); n_keep: so many entries of each mask keep their raw value.
     Returns y (T, D). Differentiable in all five tensors. Without gradients, a few tokens (T <= 8)
     read only the active rows and columns of the weights. Under autocast it computes in autocast's
     dtype (scores stay fp32 on a CPU). Raises ValueError where arguments do not fit.
@@ -455,19 +458,16 @@ def masked_ffn(
     (t, k, dz), (f, _), (d, _) = z.shape, w_z.shape, w_out.shape
     check(activation, backend, x, (t, d), w_out=(w_out, (d, f)), w_z=(w_z, (f, dz)),
           w_in=(w_in, (2 * f if activation == "swiglu" else f, d)))
-    if n_keep is not None and not 1 <= n_keep <= f:
-        raise ValueError(f"n_keep {n_keep}: expected 1 to {f} (rows of w_z), or None to keep all")
+    if not 1 <= n_keep <= f:
+        raise ValueError(f"n_keep {n_keep}: expected 1 to {f}, the rows of w_z")
     dtype = working_dtype(x)
-    score_dtype = dtype if x.is_cuda or not n_keep else torch.promote_types(dtype, torch.float32)
+    score_dtype = dtype if x.is_cuda else torch.promote_types(dtype, torch.float32)
     x, z, w_z = x.contiguous().to(dtype), z.to(score_dtype).contiguous(), w_z.to(score_dtype)
     save = needs_gradient(x, z, w_in, w_out, w_z)
-    if n_keep and not save and 1 <= t <= 8:
-        idle = (1 - n_keep / f) ** (k if x.is_cuda else t * k)  # the share of weights not read
-        if idle > 0.4:
-            return decode_op(backend, x, z, w_in, w_out, w_z, n_keep, activation)
+    idle = (1 - n_keep / f) ** (k if x.is_cuda else t * k)  # of the weights, in decoding
+    if not save and 1 <= t <= 8 and idle > 0.4:
+        return decode_op(backend, x, z, w_in, w_out, w_z, n_keep, activation)
     w_in, w_out = w_in.to(dtype), w_out.to(dtype)
-    if n_keep is None:  # then the mask is linear in z
-        return F.linear(activate(F.linear(x, w_in), activation) * F.linear(z.mean(1), w_z), w_out)
     return masked_op(backend, x, z, w_in, w_out, w_z, n_keep, activation, save)
 
 

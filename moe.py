@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels import activate
 from losses import (  # noqa: F401  (BALANCES is used here, the losses are passed on)
     BALANCES,
     coupling_loss,
@@ -39,7 +38,7 @@ from losses import (  # noqa: F401  (BALANCES is used here, the losses are passe
 from support.deep import inner_scale
 from support.noise import hash32, normal_noise, uniform_noise
 from support.norm_constant import norm_router_constant
-from support.ops import best_pairs, row_products, sum_of_rows
+from support.ops import activate, best_pairs, row_products, sum_of_rows
 
 
 class Routing(NamedTuple):
@@ -331,8 +330,10 @@ class ExpertBank(nn.Module):
         """For each layer of a forward pass what it calls as this bank; x (T, D) like its input."""
         if self.backend == "loop" or not self.one_gradient:
             return [self] * n_layers
+        if hasattr(self, "unshard"):  # fsdp: gathered from here on
+            self.unshard()
         opened = kernels.open_pool(self.w_in, self.w_out, n_layers, x, top_k, self.backend)
-        return [functools.partial(self, opened=weights) for weights in opened]
+        return [functools.partial(self.forward, opened=weights) for weights in opened]
 
     def forward(self, x, routing, keep_activations=False, opened=None):
         """x (T, D) -> y (T, D), activations (T, K, F) or None: y = sum_k weights_k expert_k(x)."""

@@ -13,4 +13,3 @@ n_experts = 192
 balance_coef = 2e-2  # the paper's value above 182M
 micro_batch = 16  # a pool is read once a micro-step and layer: fewer of them
 shard = "ep"  # a rank owns 24 experts; --plan=8 compares
-recompute = True

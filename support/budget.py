@@ -161,9 +161,8 @@ def memory_per_rank(model, c, n_ranks):
         memory["AdamW"] /= n_ranks
     layers = len(m.moe_layers())
     stay = 0 if c.shard == "fsdp" else banks  # experts' weights to be cast
-    if c.shard == "ep":  # for each layer of a pool
-        stay = (banks + pools * (0 if c.recompute else layers / max(1, len(model.pools)) - 1))
-        stay /= n_ranks
+    if c.shard == "ep":
+        stay, pools = banks / n_ranks, pools / n_ranks
     if sharded:  # what is fetched stays for a while, and gradients are whole between exchanges
         fetched = total - banks if c.shard == "ep" else total
         memory["gradients"] += 4 * fetched * (c.batch_tokens > tokens * n_ranks)
@@ -182,10 +181,7 @@ def memory_per_rank(model, c, n_ranks):
         kept = 4 * m.d_model * m.n_layer + max(*blocks, loss)
     memory["activations"] = tokens * kept
     if m.top_k and pools:  # their gradients, and both factors of the product twice
-        alive = tokens * (4 * m.d_model * m.n_layer if c.recompute else sum(blocks))
-        late = 4 * pools + 2 * tokens * layers * factors
-        if sharded:  # a layer's gradient in bf16, and the sum
-            late = 6 * pools / (n_ranks if c.shard == "ep" else 1) + alive
+        late = (n if c.shard == "fsdp" else 4) * pools + 2 * tokens * layers * factors
         early = memory["activations"] + memory["bf16 weights"]  # gone by then
         memory["pool gradient"] = max(0, late - early)
     memory["others"] = sum(b.nbytes for b in model.buffers()) + 16 * c.batch_tokens / m.block_size
@@ -289,8 +285,7 @@ def pool_traffic(model, c, n_ranks):
     pools = sum(p.numel() for p in model.pools.parameters()) if model.config.top_k else 0
     layers = len(model.config.moe_layers()) / max(1, len(model.pools))
     steps = accumulation_steps(c, model.config.block_size, n_ranks)
-    # A gradient is written, read and added: once; a layer, in bf16; a layer, in fp32 with its cast.
-    gradients = {"fsdp": 8 * layers, "ep": 26 * layers}.get(c.shard, 18)
+    gradients = 12 if c.shard == "fsdp" else 18  # one is written (in fsdp in bf16), read and added
     own = n_ranks if c.shard == "ep" else 1
     return pools / own * (6 * layers + gradients + 28 / steps)
 

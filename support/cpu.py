@@ -239,7 +239,7 @@ def weight_grads_one_by_one(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out):
     """An expert's rows of all layers in one product, gathered to where they stay in the cache."""
     counts, (d, f) = [rows_of(ends) for ends in all_ends], w_out.shape[1:]
     totals = [sum(c) for c in zip(*counts)]
-    token = merge_layers(tokens, all_ends, len(xs[0]))[1][:sum(totals)].split(totals)
+    token = merge_layers(tokens, all_ends, map(len, xs))[1][:sum(totals)].split(totals)
     act, dh = (zip(*(rows[:sum(c)].split(c) for rows, c in zip(layers, counts)))
                for layers in (acts, dhs))  # a layer that no gradient reached counts no rows
     x, dy, dw_in, dw_out = torch.cat(xs), torch.cat(dys), *map(torch.empty_like, (w_in, w_out))

@@ -45,10 +45,19 @@ def spread(bank, mesh):
         mine = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)
         setattr(bank, name, torch.nn.Parameter(mine))
     bank.forward = partial(forward, bank, mesh.get_group())
+    bank.open = partial(open_pool, bank)
 
 
-def forward(bank, group, x, routing, keep_activations=False):
-    """What the bank computes where it has all experts: x (T, D) -> y (T, D), activations or None"""
+def open_pool(bank, n_layers, x, top_k):
+    """As ExpertBank.open; how many rows each layer will receive is not known yet."""
+    uses = type(bank).open(own_share(bank), n_layers, x, top_k=None)
+    return [partial(bank.forward, experts=use) for use in uses]
+
+
+def forward(bank, group, x, routing, keep_activations=False, experts=None):
+    """What the bank computes where it has all experts: x (T, D) -> y (T, D), activations or None.
+    experts: this rank's, if the bank is a pool that was opened."""
+    experts = experts or own_share(bank)
     (t, k), n_ranks, n_experts = routing.ids.shape, dist.get_world_size(group), len(bank.w_in)
     # 1. Sort the N assignments by expert, and so by owner; tell each owner what it will get.
     order, ends = sort_by_expert(routing.ids, n_experts)
@@ -67,8 +76,7 @@ def forward(bank, group, x, routing, keep_activations=False):
     per_rank = n_experts // n_ranks
     mine = torch.arange(per_rank, device=x.device).repeat(n_ranks)  # (R * E/R,)
     ids = mine.repeat_interleave(arriving, output_size=sum(received))[:, None]  # (M, 1)
-    y, activations = type(bank).forward(
-        own_share(bank), rows, routing._replace(weights=gates, ids=ids), keep_activations)
+    y, activations = experts(rows, routing._replace(weights=gates, ids=ids), keep_activations)
     # 4. Results return to the order of the tokens, whose K choices are added up.
     y = undo_order(back(y), order).view(t, k, -1).sum(1, dtype=y.dtype)  # (M, D) -> (T, D)
     if keep_activations:  # (M, 1, F) -> (T, K, F)
@@ -85,6 +93,7 @@ def rows_by_rank(sizes):
 def own_share(bank):
     """The bank as this rank has it: its parameters (E/R, ...) are plain tensors."""
     own = copy.copy(bank)
+    del own.forward, own.open  # the class's are back
     own._parameters = {name: p.to_local() for name, p in bank.named_parameters()}
     return own
 

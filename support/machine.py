@@ -218,7 +218,6 @@ def shard_model(model, ranks, dtype, shard):
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for bank in banks:
-        bank.one_gradient = False  # it is sharded, or whole for a moment only
         if shard == "ep":
             experts_over_ranks.spread(bank, mesh)
             owned.update(bank.parameters())

@@ -9,6 +9,8 @@ Letters: T tokens, D model width, F hidden width of an expert, E experts, K choi
 token, N = T*K rows; W is the number of rows of w_in per expert: F for gelu, 2F for swiglu.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,17 +61,20 @@ def undo_order(rows: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
-def merge_layers(tokens, all_ends, n_tokens):
+def merge_layers(tokens, all_ends, sizes):
     """
     The rows of L layers, one after the other, sorted by expert: tokens and all_ends hold, of each
-    layer, its rows' tokens (N,) and ends (E,) -> place (L*N,) among the rows, their tokens (L*N,)
-    among L*T, ends (E,), all int32. place is None for one layer, whose rows are sorted.
+    layer, its rows' tokens (N,) and ends (E,), sizes its T -> place (L*N,) among the rows, their
+    tokens (L*N,) among L*T, ends (E,), all int32. place is None for one layer, whose rows are
+    sorted.
     """
-    token = torch.cat([t + i * n_tokens for i, t in enumerate(tokens)]).int()
+    firsts = itertools.accumulate(sizes, initial=0)
+    token = torch.cat([t + first for t, first in zip(tokens, firsts)]).int()
     if len(tokens) == 1:
         return None, token, all_ends[0]
-    row = torch.arange(len(tokens[0]), device=token.device, dtype=torch.int32)
-    experts = torch.cat([torch.searchsorted(ends, row, right=True) for ends in all_ends])
+    row = torch.arange(max(map(len, tokens)), device=token.device, dtype=torch.int32)
+    experts = torch.cat([torch.searchsorted(ends, row[:len(t)], right=True)
+                         for t, ends in zip(tokens, all_ends)])
     place, ends = sort_by_expert(experts, all_ends[0].numel())
     return place.int(), token[place], ends
 
@@ -115,6 +120,18 @@ def operator(name, step, arguments, n_results, fake):
     return call_or_trace
 
 
+def factor_shapes(n_tokens, top_k, w_in, w_out):
+    """Of what a layer of a pool hands over: x, dy, gate * activation, dh, tokens of rows, ends."""
+    n, (e, d, f) = n_tokens * top_k, w_out.shape
+    return (n_tokens, d), (n_tokens, d), (n, f), (n, w_in.shape[1]), (n,), (e,)
+
+
+def of_no_memory(like, shapes, dtype):
+    """Tickets: a ticket has its factor's shape; token and ends are whole numbers in float32."""
+    return tuple(like.new_zeros((), dtype=dtype if i < 4 else torch.float32).expand(shape)
+                 for i, shape in enumerate(shapes))
+
+
 def make_experts(forward, backward, weight_grads):
     """
     forward(backend, x, weights, w_in, w_out, order, ends, activation, save, keep) -> y (T, D);
@@ -124,7 +141,8 @@ def make_experts(forward, backward, weight_grads):
     and dh (N, W). weight_grads(backend, xs, dys, acts, dhs, tokens, all_ends, w_in, w_out): lists
     over layers of what backward was given and gave -> gradients of w_in and w_out.
 
-    Returns experts(backend, x, .., keep, *tickets) -> y, activations, and the tickets' maker.
+    Returns experts(backend, x, .., keep, *tickets) -> y, activations; and two makers of tickets:
+    for all layers, and a layer's where its number of rows comes late.
     """
     def fake(backend, x, weights, w_in, w_out, order, ends, activation, save, keep):
         n = order.numel()
@@ -142,6 +160,11 @@ def make_experts(forward, backward, weight_grads):
     of_weights = operator(
         "weight_grads", weight_grads, "backend xs dys acts dhs tokens all_ends w_in w_out", 2,
         lambda *arguments: tuple(map(torch.empty_like, arguments[-2:])))
+
+    def of_layers(backend, layers, w_in, w_out):
+        xs, dys, acts, dhs, tokens, all_ends = map(list, zip(*layers))
+        tokens, all_ends = [t.long() for t in tokens], [e.int() for e in all_ends]
+        return of_weights(backend, xs, dys, acts, dhs, tokens, all_ends, w_in, w_out)
 
     class Experts(torch.autograd.Function):
         @staticmethod
@@ -170,22 +193,58 @@ def make_experts(forward, backward, weight_grads):
             return None, dx, d_weights, *dw, *[None] * 5, *factors
 
     class Tickets(torch.autograd.Function):
-        """w_in, w_out -> tickets of all layers. A ticket has its factor's shape and no memory."""
+        """w_in, w_out -> tickets of all layers."""
         @staticmethod
         def forward(ctx, backend, w_in, w_out, shapes, n_layers, dtype):
             ctx.save_for_backward(w_in, w_out)
             ctx.backend, ctx.n = backend, len(shapes)
-            return tuple(w_in.new_zeros((), dtype=dtype if i < 4 else torch.float32).expand(shape)
-                         for _ in range(n_layers) for i, shape in enumerate(shapes))
+            return tuple(t for _ in range(n_layers) for t in of_no_memory(w_in, shapes, dtype))
 
         @staticmethod
         def backward(ctx, *factors):
-            xs, dys, acts, dhs, tokens, all_ends = (list(factors[i::ctx.n]) for i in range(ctx.n))
-            tokens, all_ends = [t.long() for t in tokens], [e.int() for e in all_ends]
-            dw = of_weights(ctx.backend, xs, dys, acts, dhs, tokens, all_ends, *ctx.saved_tensors)
-            return None, *dw, None, None, None
+            layers = [factors[i:i + ctx.n] for i in range(0, len(factors), ctx.n)]
+            return None, *of_layers(ctx.backend, layers, *ctx.saved_tensors), None, None, None
 
-    return Experts.apply, Tickets.apply
+    class Entrance(torch.autograd.Function):
+        """w_in, w_out -> a number on which LateTickets depend. Its gradient comes when all layers
+        have left their factors in a list."""
+        @staticmethod
+        def forward(ctx, backend, w_in, w_out, layers):
+            ctx.save_for_backward(w_in, w_out)
+            ctx.backend, ctx.layers = backend, layers
+            return w_in.new_zeros(())
+
+        @staticmethod
+        def backward(ctx, _):
+            layers = ctx.layers.copy()
+            ctx.layers.clear()
+            return None, *of_layers(ctx.backend, layers, *ctx.saved_tensors), None
+
+    class LateTickets(torch.autograd.Function):
+        """Tickets of one layer, made when its number of rows is known; not for torch.compile."""
+        @staticmethod
+        def forward(ctx, entrance, layers, shapes, dtype):
+            ctx.layers, ctx.dtype = layers, entrance.dtype
+            return of_no_memory(entrance, shapes, dtype)
+
+        @staticmethod
+        def backward(ctx, *factors):
+            ctx.layers.append(factors)
+            return factors[0].new_zeros((), dtype=ctx.dtype), None, None, None
+
+    def tickets(backend, w_in, w_out, n_layers, n_tokens, top_k, dtype):
+        """-> six tickets for each layer"""
+        shapes = factor_shapes(n_tokens, top_k, w_in, w_out)
+        all_of_them = Tickets.apply(backend, w_in, w_out, shapes, n_layers, dtype)
+        return [all_of_them[i:i + 6] for i in range(0, len(all_of_them), 6)]
+
+    def late_tickets(backend, w_in, w_out):
+        """-> tickets(shapes, dtype), to be called by each layer"""
+        layers = []
+        entrance = Entrance.apply(backend, w_in, w_out, layers)
+        return lambda shapes, dtype: LateTickets.apply(entrance, layers, shapes, dtype)
+
+    return Experts.apply, tickets, late_tickets
 
 
 def make_masked(masks, masks_backward, linear):

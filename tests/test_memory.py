@@ -13,7 +13,7 @@ PAPERS = ("llama_182m", "moe_182m", "unipool_182m", "unipool_469m", "unipool_650
           "unipool_978m", "gpt2_small", "gpt2_medium", "moe_small", "switch_small", "infmoe_small",
           "infmoe_medium", "infmoe_deep")
 FEW = [("llama_182m", "zero1"), ("moe_182m", "ep"), ("infmoe_small", "fsdp"),
-       ("unipool_469m", "none"), ("unipool_978m", "ep")]
+       ("unipool_469m", "none"), ("unipool_830m", "fsdp"), ("unipool_978m", "ep")]
 
 
 def planned(model_config, config, n):
@@ -99,14 +99,33 @@ def test_ep_sends_what_the_plan_says(recompute):
     assert rows == pytest.approx(sent.total / micro_steps / 2, rel=1e-6)
 
 
+class Products(TorchDispatchMode):
+    """How often the weights' gradients are computed."""
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function.name() == "nanoexperts::weight_grads"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fsdp_makes_one_gradient_of_a_pool(recompute):
+    """In each of the trace's three micro-steps, not one for each layer."""
+    model_config, config = memory.configured("unipool_182m", n_layer=3, n_experts=4, micro_batch=1,
+                                             shard="fsdp", recompute=recompute)
+    with Products() as products:
+        memory.trace(model_config, config, 2)
+    assert products.n == 3
+
+
 def test_cheapest():
     """The least traffic among what fits; smaller micro-batches last; or none."""
     model_config, config = memory.configured("unipool_978m", micro_batch=8)
     model = train.on_meta(model_config)
     of = lambda n, gigabytes: budget.cheapest(model, config, n, gigabytes * 1e9)
     assert of(8, 80) == "--shard=ep" and of(1, 1000) == "--shard=none"
-    assert of(8, 25) == "--shard=ep --recompute"
-    assert of(8, 18) == "--shard=ep --recompute --micro_batch=2"
+    assert of(8, 33) == "--shard=ep --recompute"
+    assert of(8, 25) == "--shard=ep --micro_batch=4"
     assert of(1, 80) == of(7, 10) == "none: more GPUs"  # 7 divides no 192 experts
 
 
