@@ -51,9 +51,10 @@ def pool_loss(scores: list[torch.Tensor], counts: list[torch.Tensor]) -> torch.T
     return f.numel() * (f.to(p.dtype) * p).sum()
 
 
-# f(scores, counts): "layer" is called for each layer (the pool loss of one layer is Switch's), any
-# other name for each bank with all layers that use it. It must be linear in the mean scores, whose
-# gradients ranks and micro-steps average; counts are of one micro-step, summed over the ranks.
+# f(scores, counts): "layer" is called once for each layer, any other name once for each bank with
+# all layers that use it. With one layer both are Switch's loss, hence one function for two names.
+# It must be linear in the mean scores, whose gradients ranks and micro-steps average; counts are of
+# one micro-step, summed over the ranks.
 BALANCES = {"layer": pool_loss, "pool": pool_loss}
 
 
@@ -167,8 +168,9 @@ def usage_entropy(counts: torch.Tensor) -> torch.Tensor:
 def routing_entropy(scores: torch.Tensor) -> torch.Tensor:
     """mean_x H(s(x)) / log E of the normalised scores (T, E): 1 is undecided, 0 is certain."""
     s = normalise_scores(scores)
-    information = -s.clamp_min(torch.finfo(s.dtype).tiny).log()  # 0 log 0 = 0; xlogy takes 5 times
-    return (s * information).sum(-1).mean() / math.log(max(2, scores.shape[-1]))  # as long
+    # 0 log 0 = 0; torch.special.xlogy takes five times as long
+    information = -s.clamp_min(torch.finfo(s.dtype).tiny).log()
+    return (s * information).sum(-1).mean() / math.log(max(2, scores.shape[-1]))
 
 
 def path_counts(ids: torch.Tensor, next_ids: torch.Tensor, n_experts: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ class ModelConfig:
     # experts
     flavour: Literal[tuple(moe.FLAVOURS)] = "dense"  # sets the fields below
     expert: Literal[tuple(moe.BANKS)] | None = None  # kind of discrete expert; None: ffn
-    n_experts: int | None = None  # per layer; for a pool: its size M; None: 8 (unipool 8 per layer)
+    n_experts: int | None = None  # per layer, or in a pool; None: 8, a pool 8 per layer it serves
     top_k: int | None = None  # experts per token
     n_shared_experts: int | None = None  # always-on experts beside the chosen ones
     d_expert: int | None = None  # width of one expert; None: d_ff (infmoe: 2 * d_ff)
@@ -67,13 +67,13 @@ class ModelConfig:
     router: Literal[tuple(moe.ROUTERS)] | None = None
     norm_topk_prob: bool | None = None  # divide the gates of the chosen experts by their sum
     depth_embedding: bool | None = None  # add a learned vector per layer to its input; None: no
-    lock_steps: int | None = None  # router=lock: until owners are found, and again until they are
-    # alone; None: 1/60 of the training (1000 without one); 0: drawn at random, from the start
+    lock_steps: int | None = None  # router=lock: steps until owners are chosen, then as many while
+    # others' scores fade; None: 1/60 of training (1000 without one); 0: drawn at random, at once
     lock_coef: float | None = None  # router=lock: of (H_l - log K)^2; None: 5e-3
 
     # what experts are trained by, beside the cross-entropy
     balance: Literal[("none", *losses.BALANCES, "bias")] | None = None  # a loss, or selection bias
-    balance_coef: float | None = None  # None: 1e-2 for the losses; 1e-3, a rate per step, for bias
+    balance_coef: float | None = None  # None: 1e-2 (remoe 1e-8); for bias 1e-3, a rate per step
     balance_scores: Literal["raw", "normalised"] | None = None  # None: raw (sigmoid: normalised)
     z_coef: float = 0.0  # ST-MoE's z-loss on router logits
     specialization_coef: float = 0.0  # lambda_sp; the paper uses 2e-3
@@ -117,7 +117,8 @@ class ModelConfig:
             return sum(p.numel() for p in GPT(self).parameters())
 
     def n_active_params(self) -> int:
-        """Parameters that one token uses: all but the banks, and of these what each layer uses."""
+        """Parameters that one token uses: all but the banks, and of these what each layer uses, so
+        that a pool counts once for every layer."""
         with torch.device("meta"):
             model = GPT(self)
         layers = model.expert_layers()

@@ -3,7 +3,7 @@
     y = sum over e in TopK(scores(x)) of  gate_e(x) * expert_e(x)              discrete experts
     y = (1/K) sum over k of  f(x, z_k),   z_k ~ p(z | x)                       continuous experts
 
-Flavours differ in three kinds of parts, and nowhere else:
+Flavours differ in three kinds of parts (support/auxiliary.py has the two exceptions):
   1. a *router* looks at a token and says who works: `Routing` (discrete) or `Codes` (continuous);
   2. a *bank* holds the experts' weights and does the work. A layer may own it (private experts),
      or many layers may share one (a pool);
@@ -44,7 +44,7 @@ from support.ops import activate, best_pairs, row_products, sum_of_rows
 class Routing(NamedTuple):
     """What a discrete router decided for T tokens."""
     weights: Tensor  # (T, K) gates of the chosen experts
-    ids: Tensor      # (T, K) int64, the chosen, best first if learned; distinct for one head
+    ids: Tensor      # (T, K) int64, the chosen, distinct (PEER: within a head); learned: best first
     scores: Tensor   # (T, E) scores of all experts, before the cut (PEER: of its keys)
     logits: Tensor   # (T, E) what scores are made of: W_r x; for fixed routers, the scores again
 
@@ -162,9 +162,9 @@ class NormRouter(Router):
 class LockRouter(NormRouter):
     """UniPool-lock: every layer sees the whole pool for a while, then keeps experts of its own.
 
-    lost (E,): the part of the scores that is gone of experts which other layers own. It goes after
-    the norm, so that nothing jumps at the end, and bias (-1e9) keeps ties from choosing them.
-    support/lock.py moves the buffers, once a step.
+    lost (E,): for an expert that another layer owns, the fraction of its score already taken away,
+    0 to 1. That happens after the norm, so that no score jumps at the end; a bias of -1e9 then
+    keeps ties from choosing it. support/lock.py moves the buffers, once a step.
     """
     pooled, supports = True, NormRouter.supports - {"bias"}
 
@@ -181,8 +181,9 @@ class LockRouter(NormRouter):
 class ReluRouter(Router):
     """ReMoE: s = relu(W_r x), and whoever is above zero works: no choice that could jump.
 
-    top_k is how many should work on average. The layer loss of such scores is an L1 norm, heavier
-    on busy experts; its coefficient, times 1.2^ups, is moved towards that (auxiliary.py). [ours]:
+    top_k is the wanted average. The layer loss of such scores is an L1 norm, heavier on busy
+    experts; after each step its coefficient is multiplied or divided by 1.2 to approach that
+    average (support/auxiliary.py). [ours]:
     counts of a layer divided by their own sum in that loss, and all experts computed, idle ones
     with gate 0, so that no shape depends on values.
     """
@@ -200,7 +201,8 @@ class ReluRouter(Router):
 class HashRouter(nn.Module):
     """Hash Layers: experts hash(token id) mod E and the K - 1 after it, with gates 1/K.
 
-    Nothing is learned: what a learned router is worth shows against it.
+    Nothing is learned: what a learned router is worth shows against it. (All routers are made with
+    the same arguments; this one has no use for the last two.)
     """
     max_top_k, zero_is_idle, pooled, balance_scores = None, False, False, "raw"
     supports = frozenset()  # scores are constants: no loss can move them
@@ -327,7 +329,9 @@ class ExpertBank(nn.Module):
         return n_choices * (self.w_in[0].numel() + self.w_out[0].numel())
 
     def open(self, n_layers, x, top_k):
-        """For each layer of a forward pass what it calls as this bank; x (T, D) like its input."""
+        """For each layer that shares this pool what it calls in its place, in one forward pass: in
+        training the pool goes through one node of autograd, so that its gradient is computed once
+        for all layers. x (T, D): an example of a layer's input."""
         if self.backend == "loop" or not self.one_gradient:
             return [self] * n_layers
         if hasattr(self, "unshard"):  # fsdp: gathered from here on
@@ -388,8 +392,9 @@ class GaussianRouter(nn.Module):
 
     mu and logvar are linear in x, or share one hidden layer. n_components > 1 makes it a mixture
     of Gaussians, its component drawn by straight-through Gumbel-softmax [ours]. stream numbers
-    this router's noise. mean: z = mu, without a logvar (DDP would wait for its
-    gradient). In a trained router GPT.set_samples may change n_samples and mean.
+    this router's noise. mean: z = mu, and no Sigma is made, as DDP would wait for the gradient of
+    an unused parameter. GPT.set_samples may change n_samples and mean of a trained router. A layer
+    calls it through CodeRouter (support/deep.py), even where its FFN has one hidden layer.
     """
 
     def __init__(self, d_in: int, dz: int, n_samples: int, n_components: int = 1,
@@ -550,7 +555,7 @@ class ContinuousBank(nn.Module):
             if self.backend == "loop":
                 return masked_ffn_loop(*arguments), None
             return kernels.masked_ffn(*arguments, backend=self.backend), None
-        # the other forms, in plain torch whatever the backend
+        # the other forms: masks by `auto`, products in torch, whatever the backend
         h = x[:, None, :]  # (T, 1, D); W_1 x is shared by the samples
         for w, mask in zip(self.w_in, self.masks(codes)):
             h = self.gated(F.linear(h, w), mask)  # (T, K, F)

@@ -8,8 +8,7 @@ One loop, from one CPU to many nodes:
     python train.py config/unipool_978m.py --plan=8     # memory, FLOPs, time on 8 GPUs: no training
     torchrun --standalone --nproc_per_node=8 train.py config/unipool_182m.py
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train.py config/unipool_978m.py --shard=fsdp --recompute
-                                        # the same line on every node; out_dir on a disk they share
+        train.py config/unipool_978m.py # the same line on every node; out_dir on a disk they share
 
 out_dir receives ckpt.pt, the one before it as ckpt.prev.pt, config.json, log.csv and loss.png.
 Ctrl-C or SIGTERM saves and leaves (exit code 130 or 143). Data, noise and dropout are pure
@@ -240,7 +239,7 @@ def train_step(trainer, step):
         stats = {name: value.detach() + stats.get(name, 0) for name, value in out.stats.items()}
     # Clip, and move the weights.
     norm = update(trainer, lr_at(c, step))
-    # Move the state that follows the routing (selection biases, paths), alike on every rank.
+    # Move the state that follows the routing (biases, paths, owners), alike on every rank.
     if ranks.size > 1:
         for value in stats.values():
             dist.all_reduce(value)
