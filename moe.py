@@ -35,8 +35,8 @@ from losses import (  # noqa: F401  (BALANCES is used here, the losses are passe
     specialization_loss,
     z_loss,
 )
-from support.deep import inner_scale
-from support.noise import hash32, normal_noise, uniform_noise
+from support.deep import gated, inner_scale
+from support.noise import gumbel_noise, hash32, normal_noise
 from support.norm_constant import norm_router_constant
 from support.ops import activate, best_pairs, row_products, sum_of_rows
 
@@ -74,11 +74,6 @@ def init_linear(layer: nn.Linear, std: float) -> None:
 # 1. Discrete routers: they differ in the map from logits to scores
 
 
-def check_top_k(top_k: int, n_experts: int) -> None:
-    if not 1 <= top_k <= n_experts:
-        raise ValueError(f"top_k={top_k} must lie between 1 and n_experts={n_experts}")
-
-
 class Router(nn.Module):
     """Scores all experts and picks the top K. Subclasses define `scores`, (T, E) -> (T, E).
 
@@ -95,7 +90,6 @@ class Router(nn.Module):
     def __init__(self, d_model: int, n_experts: int, top_k: int, norm_topk_prob: bool = False,
                  selection_bias: bool = False):
         super().__init__()
-        check_top_k(top_k, n_experts)
         self.n_choices, self.norm_topk_prob = top_k, norm_topk_prob
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # (E, D)
         self.register_buffer("bias", torch.zeros(n_experts) if selection_bias else None)
@@ -209,7 +203,6 @@ class HashRouter(nn.Module):
 
     def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
         super().__init__()
-        check_top_k(top_k, n_experts)
         self.n_experts, self.n_choices, self.bias = n_experts, top_k, None
 
     def choose(self, x, token_ids):
@@ -241,7 +234,8 @@ class ProductRouter(HashRouter):
 
     def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
         super().__init__(d_model, n_experts, top_k)
-        self.heads, half = (1 if top_k % 16 else top_k // 16), max(1, d_model // 8)
+        self.heads = 1 if top_k % 16 else top_k // 16
+        half = max(1, d_model // 8)
         a = max(i for i in range(1, math.isqrt(n_experts) + 1) if n_experts % i == 0)
         self.query = nn.Parameter(torch.empty(self.heads * 2 * half, d_model))
         self.first = nn.Parameter(torch.empty(a, half))
@@ -441,10 +435,9 @@ class GaussianRouter(nn.Module):
             return None
         logits = linear_fp32(x, self.mixture.weight, self.mixture.bias)  # (T, 1 or K, C)
         if not self.mean:
-            n = self.n_samples * self.n_components
-            u = uniform_noise(noise_seeds, 2 * self.stream + 1, n)
-            u = u.unflatten(-1, (self.n_samples, self.n_components))  # (T, K, C)
-            logits = logits - (-u.log()).log().to(logits.dtype)  # + Gumbel noise
+            shape = self.n_samples, self.n_components
+            noise = gumbel_noise(noise_seeds, 2 * self.stream + 1, math.prod(shape))
+            logits = logits + noise.unflatten(-1, shape).to(logits.dtype)  # (T, K, C)
         soft = logits.softmax(-1)
         best = logits.argmax(-1, keepdim=True)
         hard = torch.zeros_like(soft).scatter(-1, best, 1.0)  # F.one_hot would wait for the host
@@ -534,19 +527,6 @@ class ContinuousBank(nn.Module):
             return [next(iter(kept.values()))] * len(codes)
         return [kept.get(str(i)) for i in range(len(codes))]
 
-    def gated(self, h, mask):
-        """A hidden layer after its matrix: h (T, 1 or K, F or 2F), mask (T, K, F) or None ->
-        (T, 1 or K, F)."""
-        if mask is None:
-            return activate(h, self.activation)
-        mask = mask.to(h.dtype)
-        if self.mask == "post":
-            return mask * activate(h, self.activation)
-        if self.activation == "gelu":
-            return activate(mask * h, "gelu")
-        gate, up = h.chunk(2, dim=-1)  # (T, ., F) each
-        return F.silu(mask * gate) * up
-
     def forward(self, x, codes, keep_activations=False):
         """x (T, D), H Codes -> y (T, D), activations of the last hidden layer (T, K, F) or None."""
         if len(codes) == 1 and self.mask == "post" and not keep_activations:
@@ -558,7 +538,7 @@ class ContinuousBank(nn.Module):
         # the other forms: masks by `auto`, products in torch, whatever the backend
         h = x[:, None, :]  # (T, 1, D); W_1 x is shared by the samples
         for w, mask in zip(self.w_in, self.masks(codes)):
-            h = self.gated(F.linear(h, w), mask)  # (T, K, F)
+            h = gated(F.linear(h, w), mask, self.mask, self.activation)  # (T, K, F)
         return F.linear(h.mean(1), self.w_out), h if keep_activations else None
 
 

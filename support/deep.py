@@ -6,7 +6,10 @@ the paper ask how codes of a deep FFN relate; with H = 1 everything here is the 
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from support.ops import activate
 
 
 class CodeRouter(nn.Module):
@@ -56,6 +59,20 @@ class CodeRouter(nn.Module):
         return tuple(codes)
 
 
+def gated(h, mask, where: str, activation: str) -> torch.Tensor:
+    """A hidden layer after its matrix: h (T, 1 or K, F or 2F), mask (T, K, F) or None -> (T, 1 or
+    K, F). where the mask multiplies: "post", as in the paper, or "pre" the activation."""
+    if mask is None:
+        return activate(h, activation)
+    mask = mask.to(h.dtype)
+    if where == "post":
+        return mask * activate(h, activation)
+    if activation == "gelu":
+        return activate(mask * h, "gelu")
+    gate, up = h.chunk(2, dim=-1)  # (T, ., F) each
+    return F.silu(mask * gate) * up
+
+
 def inner_scale(bank, i: int, std: float) -> torch.Tensor:
     """A factor for W_i, i > 1: W_i h_{i-1} starts with the variance of W_1 x, x normed [ours].
 
@@ -66,5 +83,5 @@ def inner_scale(bank, i: int, std: float) -> torch.Tensor:
     h = wanted * randn(64, 1, len(bank.w_in[0]))  # W_1 x of 64 tokens (64, 1, F or 2F)
     n, scores = bank.n_keep[i - 1], randn(64, 1, d_ff)
     kept = None if n is None else scores * (scores >= scores.topk(n).values[..., -1:])
-    act = bank.gated(h, kept)
+    act = gated(h, kept, bank.mask, bank.activation)
     return wanted / (std * (d_ff * act.square().mean()).sqrt())  # a tensor: it may be a fake one

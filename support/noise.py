@@ -41,6 +41,11 @@ def uniform_noise(seeds: Tensor, stream: int, n: int) -> Tensor:
     return u.clamp_max(1 - 2.0**-24)  # with all 24 bits set float32 would round up, to 1
 
 
+def gumbel_noise(seeds: Tensor, stream: int, n: int) -> Tensor:
+    """-log(-log u): seeds (T,) -> (T, n)."""
+    return -(-uniform_noise(seeds, stream, n).log()).log()
+
+
 def normal_noise(seeds: Tensor, stream: int, n: int) -> Tensor:
     """Standard normal numbers by Box-Muller: seeds (T,) -> (T, n).
 
