@@ -57,8 +57,11 @@ def parse(*schemas, argv=None, words=(), doc="") -> Parsed:
         print_help(schemas, kinds, words, doc)
         sys.exit(0)
     rest, options = split_arguments(argv, kinds)
-    for name in words:  # a starred one takes all that follow
-        named[name.rstrip("*")], *rest = [rest] if name.endswith("*") else rest or [None]
+    for name in words:
+        if name.endswith("*"):  # takes all that follow
+            named[name.rstrip("*")], rest = rest, []
+        else:
+            named[name] = rest.pop(0) if rest else None
     if rest:
         fail(f"unexpected word '{rest[0]}'; expected {' '.join([*words, '--key=value'])} "
              "(--help lists the keys)")
@@ -73,19 +76,23 @@ def split_arguments(argv, kinds):
     while argv:
         argument, *argv = argv
         name, equals, value = argument.partition("=")
-        key, hyphens = name.lstrip("-").replace("-", "_"), len(name) - len(name.lstrip("-"))
+        key = name.lstrip("-").replace("-", "_")
+        hyphens = len(name) - len(name.lstrip("-"))
         if key in kinds and hyphens < 2 and (hyphens or equals):
             fail(f"'{argument}': an option starts with two hyphens: --{argument.lstrip('-')}")
-        kind, follows = kinds.get(key), argv and not argv[0].startswith("--")
+        kind = kinds.get(key)
         flag = convert(True, kind) is not MISSING
+        value_follows = argv and not argv[0].startswith("--")
+        if flag and value_follows:  # a flag takes the next word only if it reads as its value
+            value_follows = convert(argv[0], kind) is not MISSING
         if not hyphens:
             positional.append(argument)
         elif key not in kinds:
             fail(f"unknown option {name}{nearest(key, kinds, '--') or ' (--help lists them)'}")
         elif equals:
             options[key] = value
-        elif follows and not (flag and convert(argv[0], kind) is MISSING):
-            options[key], *argv = argv  # a flag takes the next word only if it reads as its value
+        elif value_follows:
+            options[key], *argv = argv
         elif flag:
             options[key] = True
         else:

@@ -258,6 +258,7 @@ def weight_grad_kernel(
     tl.store(target, acc.to(dw.dtype.element_ty), mask=o_ok & i_ok)
 
 
+TILE_ROWS = {2: 128, 4: 64}  # at most, by the bytes of a number
 Tiles = namedtuple("Tiles", "block_m expert row ends n_tiles token slot")
 
 
@@ -265,7 +266,7 @@ def cut_into_tiles(order, ends, top_k, itemsize):
     """The tile table and index arrays of one layer, int32, on the device; nothing waits for it."""
     n_experts, n_rows = ends.numel(), order.numel()
     usual = triton.next_power_of_2(max(1, n_rows // n_experts))  # rows of an expert, if balanced
-    block_m = 32 if INTERPRETED else min(128 if itemsize == 2 else 64, max(16, usual))
+    block_m = 32 if INTERPRETED else min(TILE_ROWS[itemsize], max(16, usual))
     n_tiles = triton.cdiv(n_rows, block_m) + min(n_experts, n_rows)  # a run may leave one unfilled
     counts = ends.diff(prepend=ends.new_zeros(1))
     tiles = (counts + block_m - 1) // block_m  # (E,)
@@ -302,7 +303,7 @@ def launch_down(a, w, gate, tiles, top_k, transposed):
 
 def launch_weight_grad(grad, a, w, grad_row, a_row, ends):
     dw, (n_experts, rows, columns) = torch.empty_like(w), w.shape
-    block_m = 32 if INTERPRETED else 128 if grad.element_size() == 2 else 64
+    block_m = 32 if INTERPRETED else TILE_ROWS[grad.element_size()]
     n_blocks = triton.cdiv(rows, block_m)
     weight_grad_kernel[lambda meta: (n_blocks * triton.cdiv(columns, meta["BLOCK_N"]), n_experts)](
         grad, a, dw, ends if grad_row is None else grad_row, ends if a_row is None else a_row, ends,

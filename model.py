@@ -326,12 +326,13 @@ class GPT(nn.Module):
 
     def open_pools(self, x):
         """The pool that each layer with experts calls in this forward pass, or None; x (T, D)."""
-        n = len(self.config.moe_layers())
-        if not all(hasattr(pool, "open") for pool in self.pools) or not self.pools:
-            return [self.pool_of(i) for i in range(n)]
-        layers = n // len(self.pools)
-        n_choices = self.expert_layers()[0][0].router.n_choices
-        return [use for pool in self.pools for use in pool.open(layers, x, n_choices)]
+        layers = self.expert_layers()
+        if not self.pools or self.config.flavour == "infmoe":
+            return [self.pool_of(i) for i in range(len(layers))]
+        n_choices, opened = layers[0][0].router.n_choices, []
+        for pool in self.pools:
+            opened += pool.open(len(layers) // len(self.pools), x, n_choices)
+        return opened
 
     def expert_layers(self) -> list[tuple[moe.MoE, nn.Module]]:
         """The layers with experts, each with the bank that does its work."""

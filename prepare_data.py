@@ -20,7 +20,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -122,19 +121,25 @@ class Preparation:
     def __init__(self, work, settings, plan):
         """plan: [[File]], the files of each part. What a run with the same settings did counts."""
         self.work, self.settings, self.plan, self.parts = work, settings, plan, []
+        # what a damaged state.json says counts up to the damage
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            state = folders.read_json(work / "state.json")
-            for part, files in zip(state["parts"] if state["settings"] == settings else [], plan):
-                if part["files"] != [list(file) for file in files] or not self.holds(part):
-                    break  # another file by now, or a shard that is gone
-                self.parts.append(part | {"documents": 0 + part["documents"]})
+            self.take_up(folders.read_json(work / "state.json"))
+
+    def take_up(self, state):
+        """The parts that a run with the same settings has done, up to the first that changed."""
+        if state["settings"] != self.settings:
+            return
+        for part, files in zip(state["parts"], self.plan):
+            if part["files"] != [list(file) for file in files] or not self.holds(part):
+                return  # another file by now, or a shard that is gone
+            self.parts.append(part)
 
     def holds(self, part):
         for name, shard in part["shards"].items():
             folders.check_entry(name, shard)
             if shards.shard_length(self.work / name) != shard["tokens"]:
                 return False
-        return True
+        return type(part["documents"]) is int
 
     def left(self):
         return self.plan[len(self.parts) :]
@@ -157,8 +162,9 @@ class Preparation:
 
     def run(self, make):
         """Do the parts that are left. make: tokenize_part or take_part."""
-        total, left = (sum(f.size for part in p for f in part) for p in (self.plan, self.left()))
-        with tqdm(total=total, initial=total - left, unit="B", unit_scale=True) as bar:
+        size = lambda parts: sum(file.size for files in parts for file in files)
+        total, done = size(self.plan), size(self.plan) - size(self.left())
+        with tqdm(total=total, initial=done, unit="B", unit_scale=True) as bar:
             for files in self.left():
                 if not self.room():
                     return
@@ -231,9 +237,12 @@ class Preparation:
 
 def group(files):
     """Parts: each file on the hub alone, local ones together up to about PART bytes."""
-    ends = itertools.accumulate(file.size for file in files)
-    part_of = lambda pair: pair[0].name if pair[0].repo else pair[1] // PART
-    return [[file for file, _ in part] for _, part in itertools.groupby(zip(files, ends), part_of)]
+    parts, end = {}, 0
+    for file in files:
+        end += file.size
+        part = file.name if file.repo else end // PART
+        parts.setdefault(part, []).append(file)
+    return list(parts.values())
 
 
 def made_before(out_dir, settings, overwrite):

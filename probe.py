@@ -232,7 +232,9 @@ def random_router(subject, config, save):
     rows = []
     for name, change in changes.items():
         parts = [(label, change[i:i + 1]) for i, label in enumerate(labels)]
-        for label, part in [*parts, ("mean", change)][:None if len(labels) > 1 else 1]:
+        if len(labels) > 1:
+            parts.append(("mean", change))
+        for label, part in parts:
             row = {"router": name, "layer": label, "seeds": part.shape[1]}
             rows.append(row | summary(base, part, bool(config.tasks)))
     learned = dict(zip(columns_of(base), base.mean(0)))
@@ -315,14 +317,15 @@ def benchmarks(subject, config):
 
 def print_random_router(subject, config, n_units, learned, rows, names):
     units = {"loss": f"nats per {subject.unit}", "accuracy": "%"}
-    print("learned router: " + ", ".join(
-        f"{c} {v:.{4 if c == 'loss' else 2}f} {units[c]}" for c, v in learned.items()))
+    digits = {"loss": 4, "accuracy": 2}
+    parts = [f"{c} {v:.{digits[c]}f} {units[c]}" for c, v in learned.items()]
+    print(f"learned router: {', '.join(parts)}")
     where = "all these layers at once" if config.all_at_once else "one layer"
     over = "seeds" if config.tasks else f"{n_units} held-out windows"
     print(f"with another router in {where} (gates: {config.gates}): change ± standard error over "
           f"{over}; {config.seeds} seeds")
     for column in learned:
-        title, digits = {"loss": ("loss, nats", 4), "accuracy": ("accuracy, points", 2)}[column]
+        title = {"loss": "loss, nats", "accuracy": "accuracy, points"}[column]
         table = defaultdict(list)
         for row in rows:  # by router, then by layer
             table[row["layer"]].append(changed(row, column, digits))

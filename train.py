@@ -110,13 +110,13 @@ class Trainer:
     def __init__(self, model_config, config, start, ranks):
         self.model_config, self.config, self.ranks = model_config, config, ranks
         size = model_config.block_size
-        self.accumulation = budget.accumulation_steps(config, size, ranks.size)
+        budget.accumulation_steps(config, size, ranks.size)  # a first look: does batch_tokens fit?
         shape = dict(block_size=size, vocab_size=model_config.vocab_size, seed=config.seed)
         self.train_data = ShardReader(config.dataset, "train", **shape)
         self.val_data = ShardReader(config.dataset, "val", **shape)
         self.tokenizer = load_meta(config.dataset)["tokenizer"]
         self.moved = lambda done: None  # called after each micro-step with how many are done
-        held = sum(t.nbytes for t in (start or {"model": {}})["model"].values())
+        held = sum(t.nbytes for t in start["model"].values()) if start else 0
         micro, self.memory_note = budget.choose_micro_batch(
             on_meta(model_config), config, ranks.size, ranks.device, 4 * held)
         config = self.config = replace(config, micro_batch=micro)
@@ -160,7 +160,8 @@ class Trainer:
         """Around a forward and backward pass: only a step's last one exchanges gradients."""
         if self.config.shard in ("fsdp", "ep"):
             self.model.set_requires_gradient_sync(last)
-        with contextlib.nullcontext() if self.ddp is None or last else self.ddp.no_sync():
+        quiet = self.ddp is not None and not last
+        with self.ddp.no_sync() if quiet else contextlib.nullcontext():
             yield
         if self.config.shard == "fsdp":
             for pool in self.model.pools:
