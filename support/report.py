@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import importlib
 import importlib.util
 import math
 import sys
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from support.budget import amount, flops_per_token, long_run, span, step_sizes, table
 from support.files import write_atomically
+from support.usage import optional
 
 NOT_KEPT = ("out_dir", "init_from", "overwrite", "plan", "quiet", "download")  # by a resumed run
 
@@ -242,21 +242,14 @@ def trim_log(path, step):
 
 def open_trackers(config, settings, stack):
     """tensorboard and wandb, if asked for: functions that take a row; `stack` closes them."""
-    def need(module):
-        try:
-            return importlib.import_module(module)
-        except ImportError:
-            name = module.split(".")[-1]
-            raise ValueError(f'{name} is not installed: pip install -e ".[log]"') from None
-
     trackers = []
     if config.tensorboard:
-        board = need("torch.utils.tensorboard").SummaryWriter(config.out_dir)
+        board = optional("torch.utils.tensorboard", "log", ValueError).SummaryWriter(config.out_dir)
         stack.callback(board.close)
         trackers.append(lambda row: [board.add_scalar(k, v, row["step"])
                                      for k, v in row.items() if v is not None])
     if config.wandb:
-        wandb, name = need("wandb"), Path(config.out_dir).name
+        wandb, name = optional("wandb", "log", ValueError), Path(config.out_dir).name
         try:
             online = wandb.init(project=config.wandb, name=name, dir=config.out_dir,
                                 config=settings)
