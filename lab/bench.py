@@ -10,11 +10,6 @@ they are timed: one that disagrees has no row. A row is written as soon as it is
 bench/cpu.jsonl in --out; `all` ends with the page. Where transformers is installed its Mixtral and
 OLMoE blocks are references, too.
 """
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
-
 import contextlib
 import importlib.util
 import io

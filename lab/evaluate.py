@@ -7,11 +7,6 @@
 
 The harness's own HFLM scores our checkpoints, too.
 """
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
-
 import dataclasses
 import json
 import logging

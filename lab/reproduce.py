@@ -9,11 +9,6 @@ A run is train.py's own; its record is a line of results/runs.jsonl, and the rep
 lines alone. Finished runs are skipped, interrupted ones go on. The same command started twice
 shares the work; `sort -u` of several machines' files joins their records.
 """
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
-
 import contextlib
 import csv
 import hashlib
@@ -23,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
