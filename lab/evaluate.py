@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -78,7 +79,7 @@ class Wrapped(nn.Module):
         pass
 
     def forward(self, tokens):
-        return self.gpt(tokens)
+        return SimpleNamespace(logits=self.gpt(tokens).logits.float())
 
 
 class Generator:
