@@ -22,11 +22,12 @@ from torch import nn
 from tqdm import tqdm
 
 from configurator import nearest, parse
-from model import GPT, load_checkpoint
+from model import GPT
 from support import hf
 from support.checkpoint import newest_run
 from support.files import write_atomically
 from support.machine import pick_device
+from support.subjects import load_checkpoint_on
 from support.tokenizer import get_tokenizer
 from support.usage import one_line
 
@@ -206,13 +207,12 @@ def open_model(config):
             pretrained=config.hf, dtype=config.dtype, device=str(device), batch_size=8)
         return lm, f"out/hf_{Path(config.hf).name}"
     folder = config.out_dir = config.out_dir or str(newest_run())
-    tokenizer = get_tokenizer(load_checkpoint(Path(folder, "ckpt.pt"))["tokenizer"])
-    model = GPT.from_checkpoint(folder, device)
+    model, saved = load_checkpoint_on(folder, config.device)
     if config.dtype != "auto":
         model.to(getattr(torch, config.dtype))
     if config.samples:
         model.set_samples(config.samples)
-    return language_model(model, tokenizer, config.batch_tokens), folder
+    return language_model(model, get_tokenizer(saved["tokenizer"]), config.batch_tokens), folder
 
 
 def main():

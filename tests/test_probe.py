@@ -629,7 +629,7 @@ def test_samples_are_as_before_afterwards():
     (["--random-router-from", "--seeds", "1"], {"random_router"}, "mean"),
     (["--random_router_from=0", "--seeds=1", "--all-at-once"], {"random_router"}, "together"),
     (["--routing", "--overlap", "--pathways"], {"routing", "overlap", "pathways"},
-     "by graph partition"),
+     "path consistency"),
 ])
 def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
