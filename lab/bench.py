@@ -8,20 +8,13 @@
 Benches: train, tiny, moe, infmoe, pool, decode. Two ways to compute one thing are compared before
 they are timed: one that disagrees has no row. A row is written as soon as it is measured, to
 bench/cpu.jsonl in --out; `all` ends with the page. Where transformers is installed its Mixtral and
-OLMoE blocks are references, too. Meanwhile out/timing.lock pauses the runs of lab.reproduce.
+OLMoE blocks are references, too.
 """
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
-
 import contextlib
 import importlib.util
 import io
 import json
 import operator
-import os
-import re
 import statistics
 import sys
 import time
@@ -37,9 +30,9 @@ import moe
 import train
 from configurator import fail, parse
 from lab import plots
-from lab.reproduce import configs_of, settings_of
+from lab.reproduce import configs_of, cpu_name, settings_of
 from model import GPT, ModelConfig
-from support import cpu, hf, machine
+from support import cpu, hf, machine, trust
 from support.usage import one_line
 
 
@@ -48,12 +41,9 @@ class BenchConfig:
     quick: bool = False  # one shape per bench
     out: str = "results"  # folder of cpu.md, and of bench/ with the rows and the picture
     repeat: int = 0  # timed rounds; 0: as many as the bench thinks right
-    threads: int = 0  # CPU threads; 0: torch's own choice
     nanogpt: str | None = None  # a clone of karpathy/nanoGPT; None: without
 
     def __post_init__(self):
-        if not 0 <= self.threads <= os.cpu_count():
-            raise ValueError(f"threads={self.threads}: expected 0 to {os.cpu_count()} (CPUs here)")
         if self.repeat < 0:
             raise ValueError(f"repeat={self.repeat}: expected 0 or more")
         if self.nanogpt and not Path(self.nanogpt, "model.py").exists():
@@ -88,20 +78,16 @@ def agree(name, ours, reference, limit):
     the reference) than the limit: a wrong result has no speed."""
     many = lambda x: x if isinstance(x, (tuple, list)) else (x,)
     for a, b in zip(many(ours), many(reference), strict=True):
-        a, b = a.double(), b.double()
-        distance = ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
-        if not distance <= limit:
+        if (found := trust.distance(a, b)) > limit:
             raise ArithmeticError(f"{name} disagrees with its reference: "
-                                  f"relative distance {distance:.2e} > {limit:.0e}")
+                                  f"relative distance {found:.2e} > {limit:.0e}")
 
 
 def describe(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    name = re.search(r"model name\s*: (.*)", info)
     amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
-    return f"{name[1] if name else sys.platform}{amx}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}{amx}, {torch.get_num_threads()} threads"
 
 
 SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
@@ -145,19 +131,6 @@ class Table:
     def faster(self, what, reference, theirs, ours, reach=""):
         """A row whose ratio is how many times faster ours is."""
         self.row(what, reference, theirs, ours, reach, invert=True)
-
-
-@contextlib.contextmanager
-def timing_lock():
-    """Ask the runs of lab.reproduce to pause."""
-    path = Path("out/timing.lock")
-    path.parent.mkdir(exist_ok=True)
-    try:
-        path.write_text(str(os.getpid()))
-        time.sleep(1.5)  # it looks twice a second
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def forward_backward(f, *inputs):
@@ -545,16 +518,12 @@ def main():
     name = "all" if name is None else name
     if name not in (*BENCHES, "all", "page"):
         fail(f"unknown bench '{name}': expected {', '.join([*BENCHES, 'all', 'page'])}")
-    # TERM ends by way of `finally`: the lock goes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = 0
     with one_line():
         if name != "page":
-            torch.set_num_threads(config.threads or torch.get_num_threads())
             machine.keep_memory()  # as train.py does
             cpu.allow_compile(True)
-            with timing_lock():
-                failed = run_benches(BENCHES if name == "all" else [name], config)
+            failed = run_benches(BENCHES if name == "all" else [name], config)
         if name in ("all", "page"):
             write_page(config.out)
     sys.exit(min(failed, 1))

@@ -8,11 +8,6 @@ and decoding (G7). Part 3: short training runs, whose logs give G4 to G6. Each s
 with a time limit, each row is written as it is measured; a step that dies leaves its reason in
 DIR/gpu_check.txt and lets the next one run.
 """
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
-
 import csv
 import statistics
 import subprocess

@@ -7,14 +7,8 @@
 
 A run is train.py's own; its record is a line of results/runs.jsonl, and the report is made of these
 lines alone. Finished runs are skipped, interrupted ones go on. The same command started twice
-shares the work; `sort -u` of several machines' files joins their records. While out/timing.lock
-exists (lab.bench holds it), runs wait.
+shares the work; `sort -u` of several machines' files joins their records.
 """
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
-
 import contextlib
 import csv
 import hashlib
@@ -24,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -32,8 +27,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import numpy
+import torch
+
+import probe
+import train
+from configurator import parse
 from lab import statistics
+from model import GPT, ModelConfig
 from support import files
+from support.budget import flops_per_token
+from support.missing import make_missing
+from support.shards import ShardReader, load_meta
+from support.usage import one_line
 
 # ---- what is run
 
@@ -187,11 +193,10 @@ def settings_of(size, name, lr=None):
 
 def configs_of(settings, **of_run):
     """-> ModelConfig, TrainConfig"""
-    from model import ModelConfig
-    from train import TrainConfig
-    of_training = TrainConfig.__dataclass_fields__.keys() & settings
-    model = {k: v for k, v in settings.items() if k not in of_training}
-    return ModelConfig(**model), TrainConfig(**{k: settings[k] for k in of_training}, **of_run)
+    fields = train.TrainConfig.__dataclass_fields__
+    model = {k: v for k, v in settings.items() if k not in fields}
+    training = {k: v for k, v in settings.items() if k in fields}
+    return ModelConfig(**model), train.TrainConfig(**training, **of_run)
 
 
 def in_json(value):
@@ -207,20 +212,12 @@ def folder_of(size, name, seed, settings):
 # ---- records
 
 RECORDS = Path("results/runs.jsonl")
-FIELDS = dict(run=str, seed=int, size=str, val_loss=float, curve=list, measures=dict, settings=dict,
-              n_params=int, n_active_params=int, flops_per_token=int)
 
 
-def check_record(record):
-    """The record itself; ValueError or TypeError for another thing."""
-    for name, kind in FIELDS.items():
-        if not isinstance(dict(record).get(name), kind):
-            raise ValueError(f"{name} is {dict(record).get(name)!r:.40}")
-    numbers = [record["val_loss"], *record["measures"].values()]
-    for x in numbers + [x for point in record["curve"] for x in point]:
-        if not math.isfinite(x):
-            raise ValueError(f"{x!r:.40} is no finite number")
-    return record
+def numbers_of(record):
+    """Its losses, and what else was measured."""
+    curve = [x for point in record["curve"] for x in point]
+    return [record["val_loss"], *record["measures"].values(), *curve]
 
 
 def is_current(record):
@@ -238,12 +235,13 @@ def load_records(size):
     found, lines = {}, RECORDS.read_bytes().splitlines() if RECORDS.exists() else []
     for i, line in enumerate(lines, 1):
         try:
-            record = check_record(json.loads(line))
-        except (ValueError, TypeError, RecursionError) as error:
+            record = json.loads(line)
+            if not all(map(math.isfinite, numbers_of(record))):
+                raise ValueError("a number is not finite")
+            if record["size"] == size and is_current(record):
+                found.setdefault((record["run"], record["seed"]), record)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             print(f"{RECORDS}, line {i} is damaged and left out ({error})", file=sys.stderr)
-            continue
-        if record["size"] == size and is_current(record):
-            found.setdefault((record["run"], record["seed"]), record)
     return found
 
 
@@ -291,12 +289,13 @@ def learning_rate(records, size, family):
 
 def run_one(config, name, seed, lr):
     """Train (or resume) one run, measure it, append its record. -> is it finished?"""
-    import train
     settings, anneal = settings_of(config.size, name, lr)
     folder, began = folder_of(config.size, name, seed, settings), time.process_time()
     start = "resume" if (folder / "ckpt.pt").exists() else "scratch"
     configs = configs_of(settings, out_dir=str(folder), seed=seed, quiet=True, init_from=start)
-    honest, train.train_step = train.train_step, before_each_step(train.train_step, anneal)
+    honest = train.train_step
+    if anneal:
+        train.train_step = falling_rate(honest)
     try:
         result = train.train(*configs)
     except FloatingPointError as error:  # it counts as a run that has learnt nothing
@@ -313,35 +312,18 @@ def run_one(config, name, seed, lr):
     return result["finished"]
 
 
-def before_each_step(train_step, anneal):
-    """train.train_step, which waits while something is timed, and lets fall the share of neurons
-    that infmoe's masks keep."""
+def falling_rate(train_step):
+    """train.train_step, before which the share of neurons that infmoe's masks keep falls."""
     def step(trainer, number):
-        while is_timing():
-            time.sleep(0.5)
-        if anneal:
-            for _, bank in trainer.model.expert_layers():
-                full, last = bank.w_out.shape[1], trainer.model_config.infmoe_rate
-                done = min(1, 2 * number / trainer.config.max_steps)
-                bank.n_keep = [round(full * (1 - done * (1 - last)))]
+        for _, bank in trainer.model.expert_layers():
+            full, last = bank.w_out.shape[1], trainer.model_config.infmoe_rate
+            done = min(1, 2 * number / trainer.config.max_steps)
+            bank.n_keep = [round(full * (1 - done * (1 - last)))]
         return train_step(trainer, number)
     return step
 
 
-def is_timing():
-    """Is something being timed? A lock whose process has gone counts for nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        os.kill(int(Path("out/timing.lock").read_text()), 0)
-        return True
-    return False
-
-
 def make_record(folder, settings, result):
-    import numpy
-    import torch
-
-    from support.budget import flops_per_token
-    from support.shards import load_meta
     rows, (c, _) = [], configs_of(settings)
     if "diverged" not in result:
         with open(folder / "log.csv") as f:
@@ -364,23 +346,20 @@ def make_record(folder, settings, result):
 
 
 def machine():
-    import torch
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        info = Path("/proc/cpuinfo").read_text()
-        name = next(iter(re.findall(r"model name\s*: (.*)", info)), name)
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def cpu_name():
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 # ---- what is measured of a trained model beside its loss, on 64 held-out windows
 
 def measure(folder, settings):
-    import torch
-
-    from model import GPT
-    from support.shards import ShardReader
     model = GPT.from_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
     reader = ShardReader(settings["dataset"], "val", model.config.block_size)
     windows = torch.from_numpy(reader.sequential(0, min(64, reader.n_windows)))
@@ -395,7 +374,6 @@ def measure(folder, settings):
 def random_routing(_, __, ___, folder, dataset):
     """UniPool's probe: what the loss gains when one layer of the deep half chooses at random among
     all of its experts, or the 8 it uses most; mean over layers."""
-    import probe
     config = probe.ProbeConfig(out_dir=str(folder), dataset=dataset, random_router_from=True,
                                choice="both", controls="none", seeds=2)
     subject, found = probe.load_ours(config), {}
@@ -468,7 +446,6 @@ def todo(config, records):
 
 def run_all(config):
     """One run after the other until all are done or time is up -> exit status."""
-    from support.missing import make_missing
     make_missing(SIZES[config.size]["dataset"], True, print)
     late = threading.Timer(60 * config.minutes, os.kill, (os.getpid(), signal.SIGTERM))
     late.daemon = True
@@ -503,8 +480,6 @@ def show_list(config):
 
 
 def main():
-    from configurator import parse
-    from support.usage import one_line
     config = parse(ReproduceConfig, doc=__doc__).make(ReproduceConfig)
     with one_line():
         if config.list:

@@ -4,6 +4,7 @@ Welch (Biometrika 34, 1947), Holm (Scand. J. Statist. 6, 1979), two one-sided te
 (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987). tests/test_statistics.py compares with scipy and
 statsmodels.
 """
+import functools
 import math
 from statistics import mean, variance
 from typing import NamedTuple
@@ -37,11 +38,14 @@ def paired(left: list, right: list) -> Difference | None:
     return Difference(mean(d), math.sqrt(variance(d) / len(d)), len(d) - 1, len(d))
 
 
+gauss = functools.cache(np.polynomial.legendre.leggauss)  # points and weights of the integral
+
+
 def t_tail(t: float, freedom: float) -> float:
     """P(T > t) of Student's t. With t = sqrt(freedom) tan a its density is cos(a)^(freedom - 1)."""
     if t < 0:
         return 1 - t_tail(-t, freedom)
-    x, w = np.polynomial.legendre.leggauss(200)
+    x, w = gauss(200)
     start = math.atan(t / math.sqrt(freedom))
     mass = lambda a, b: (b - a) / 2 * float(
         w @ np.cos((b - a) / 2 * x + (a + b) / 2) ** (freedom - 1))

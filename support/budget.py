@@ -147,13 +147,21 @@ def kept_per_token(m, n):
     return [experts if i in m.moe_layers() else dense for i in range(m.n_layer)]
 
 
+def count(modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def sizes(model):
+    """Parameters of the model; of its experts; of those in pools."""
+    banks = {bank for _, bank in model.expert_layers()}
+    return count([model]), count(banks), count(model.pools)
+
+
 def memory_per_rank(model, c, n_ranks):
     """Bytes by use at the peak of a step, for a model on the meta device. Weights, gradients and
     AdamW's two moments are float32. lab/memory.py traces the same on the real code."""
     m, n, sharded = model.config, 4 if c.dtype == "float32" else 2, c.shard in ("fsdp", "ep")
-    count = lambda modules: sum(p.numel() for module in modules for p in module.parameters())
-    total, pools = count([model]), count(model.pools)
-    banks = count({bank for _, bank in model.expert_layers()})
+    total, banks, pools = sizes(model)
     root = total - pools - count(model.blocks)  # embeddings, the head
     part, tokens = total / n_ranks if sharded else total, c.micro_batch * m.block_size
     memory = {"weights": 4 * part, "gradients": 4 * part, "AdamW": 8 * part}
@@ -211,26 +219,28 @@ def free_memory(device):
     return min(found)
 
 
-def check_memory(model, c, n_ranks, device, held=0):
-    """ValueError, in one line with what would fit, where a run cannot fit the memory at hand.
+def choose_micro_batch(model, c, n_ranks, device, held=0):
+    """-> (micro_batch, "") as configured, or on a single rank the largest that fits and why.
 
-    held: bytes of a checkpoint in memory that the run takes over. An estimate that is a third too
-    high stops nobody.
+    The step stays what it is, in more micro-steps. ValueError, in one line with what would fit,
+    where nothing does. An estimate that is a third too high stops nobody. held: bytes of a
+    checkpoint in memory that the run takes over.
     """
     memory, (free, where) = memory_per_rank(model, c, n_ranks), free_memory(device)
-    free += held
-    fixed = sum(size for use, size in memory.items() if use != "activations")
-    if fixed + 0.7 * memory["activations"] <= free:
-        return
+    free, need, kept = free + held, sum(memory.values()), memory["activations"]
+    if need - 0.3 * kept <= free:
+        return c.micro_batch, ""
+    micro, at_hand = fitting(c, memory, free), f"{free / 1e9:,.1f} GB are {where}"
+    if n_ranks == 1 and micro and c.batch_tokens % (micro * model.config.block_size) == 0:
+        return micro, (f"micro_batch {c.micro_batch} would take about {need / 1e9:,.1f} GB, and "
+                       f"{at_hand}: {micro} instead, in more micro-steps; batch_tokens stays")
     advice = "fewer or smaller layers (or a smaller batch_tokens) would"
-    micro = fitting(c, memory, free)
     if micro:
         advice = f"--micro_batch={micro} would fit"
-    elif not c.recompute and fixed < free:
+    elif not c.recompute and need - kept < free:
         advice = f"--recompute takes less, {advice}"
-    advice += f"; {twin(model.config)} is a small twin"
-    raise ValueError(f"this run needs about {sum(memory.values()) / 1e9:,.1f} GB "
-                     f"({in_gigabytes(memory)}), and {free / 1e9:,.1f} GB are {where}: {advice}")
+    raise ValueError(f"this run needs about {need / 1e9:,.1f} GB ({in_gigabytes(memory)}), and "
+                     f"{at_hand}: {advice}; {twin(model.config)} is a small twin")
 
 
 def fitting(c, memory, free):
@@ -240,25 +250,6 @@ def fitting(c, memory, free):
     fixed = sum(size for use, size in memory.items() if use != "activations")
     room = int((0.9 * free - fixed) // per_sequence)
     return 2 ** int(math.log2(room)) if room >= 1 else 0
-
-
-def choose_micro_batch(model, c, n_ranks, device, held=0):
-    """-> (micro_batch, "") as configured, or on a single rank the largest that fits and why.
-
-    The step stays what it is, in more micro-steps. ValueError where nothing fits.
-    """
-    try:
-        check_memory(model, c, n_ranks, device, held)
-        return c.micro_batch, ""
-    except ValueError:
-        memory, (free, where) = memory_per_rank(model, c, n_ranks), free_memory(device)
-        micro = fitting(c, memory, free + held)
-        if n_ranks > 1 or not micro or c.batch_tokens % (micro * model.config.block_size):
-            raise
-        need = sum(memory.values())
-        return micro, (f"micro_batch {c.micro_batch} would take about {need / 1e9:,.1f} GB, and "
-                       f"{(free + held) / 1e9:,.1f} GB are {where}: {micro} instead, in more "
-                       "micro-steps; batch_tokens stays")
 
 
 def twin(m):
@@ -282,7 +273,7 @@ def long_run(m, c, n_ranks, device, steps):
 def pool_traffic(model, c, n_ranks):
     """Bytes that a micro-step moves through a GPU's memory because layers share pools: each layer
     reads all experts in bf16, once forward and twice backward; then the gradient and AdamW."""
-    pools = sum(p.numel() for p in model.pools.parameters()) if model.config.top_k else 0
+    pools = count(model.pools) if model.config.top_k else 0
     layers = len(model.config.moe_layers()) / max(1, len(model.pools))
     steps = accumulation_steps(c, model.config.block_size, n_ranks)
     gradients = 12 if c.shard == "fsdp" else 18  # one is written (in fsdp in bf16), read and added
@@ -293,9 +284,7 @@ def pool_traffic(model, c, n_ranks):
 def link_traffic(model, c, n_ranks):
     """Bytes that a rank sends to others in a micro-step: a collective's bytes times (R - 1) / R."""
     m, steps = model.config, accumulation_steps(c, model.config.block_size, n_ranks)
-    count = lambda modules: sum(p.numel() for module in modules for p in module.parameters())
-    total, pools = count([model]), count(model.pools)
-    banks = count({bank for _, bank in model.expert_layers()})
+    total, banks, pools = sizes(model)
     others = total - banks
     sent = 8 * total / steps  # gradients all-reduced, or scattered and weights gathered
     if c.shard == "fsdp":  # weights forward and backward; pools once

@@ -24,13 +24,18 @@ CALLABLE = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")  # and
 # ---- reading
 
 
-def newest_run(folder="out"):
-    """The folder of the checkpoint that was written last, somewhere in `folder`."""
-    found = sorted(Path(folder).glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+def checkpoints(folder="out"):
+    """All somewhere in `folder`, the newest first; FileNotFoundError where there are none."""
+    found = sorted(Path(folder).glob("**/ckpt.pt"), key=lambda path: -path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"no checkpoint under {folder}/: train one with  python train.py, "
                                 "or name a folder by --out_dir")
-    return found[-1].parent
+    return found
+
+
+def newest_run(folder="out"):
+    """The folder of the checkpoint that was written last."""
+    return checkpoints(folder)[0].parent
 
 
 def load(path, config_class, model_class, resume=False):

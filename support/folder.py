@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-import typing
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -91,20 +90,9 @@ def resumed(start, given, config):
     """The settings that a run was saved with, and what is given now."""
     kept = {name: value for name, value in start["train_config"].items() if name not in NOT_KEPT}
     try:
-        for name, kind in typing.get_type_hints(type(config)).items():
-            value = kept.get(name, getattr(config, name))
-            check_type(name, value, typing.get_args(kind) or (kind,))
         return type(config)(**(kept | given))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{config.out_dir}/ckpt.pt, train_config: {error}") from None
-
-
-def check_type(name, value, allowed):
-    """ValueError for a value of another type, as a damaged checkpoint may hold it."""
-    right = type(value) in allowed or (type(value) is int and float in allowed)
-    if not right and not (isinstance(value, str) and value in allowed):
-        kinds = " | ".join(kind if isinstance(kind, str) else kind.__name__ for kind in allowed)
-        raise ValueError(f"{name}={value!r:.40}: expected {kinds}")
 
 
 def load_weights(model, start, config):

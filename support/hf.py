@@ -18,6 +18,7 @@ import torch
 
 from model import GPT, ModelConfig
 from support.tokenizer import HubTokenizer
+from support.usage import optional
 
 MOE_FAMILIES = {"none": "mixtral", "full": "olmoe", "head": "qwen3_moe"}  # by qk_norm
 
@@ -84,10 +85,7 @@ def transposed(name, tensor, arch):
 
 def need_transformers():
     """transformers, from version 5 on; ImportError in one line."""
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError('Hugging Face models need transformers: pip install -e ".[hf]"') from None
+    transformers = optional("transformers", "hf")
     if int(transformers.__version__.split(".")[0]) < 5:
         raise ImportError(f"transformers {transformers.__version__} is too old: "
                           'pip install -e ".[hf]" brings 5 or later')
@@ -286,28 +284,14 @@ def obstacles(c):
 
 
 def export_tokenizer(transformers, tokenizer, block_size):
-    """A tokenizer of ours as one of transformers': a tiktoken encoding's ranks become merges."""
+    """A tokenizer of ours as one of transformers', which has a converter of tiktoken's ranks."""
+    encoding, end = tokenizer.encoding, "<|endoftext|>"
     if isinstance(tokenizer, HubTokenizer):
-        end = tokenizer.encoding.id_to_token(tokenizer.eot)
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer.encoding, bos_token=end, eos_token=end,
-            model_max_length=block_size)
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    encoding, letters = tokenizer.encoding, bytes_to_unicode()  # a printable letter for each byte
-    ranks = encoding._mergeable_ranks
-    spell = lambda token: "".join(letters[byte] for byte in token)
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        merges += [(spell(a), spell(b)) for a, b in cuts if a in ranks and b in ranks]
-    vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    bpe = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(encoding._pat_str), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    end = AddedToken("<|endoftext|>", normalized=False, special=True)
-    bpe.add_special_tokens([end])
+        theirs, end = encoding, encoding.id_to_token(tokenizer.eot)
+    else:
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+        converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[end])
+        converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # not from a file
+        theirs = converter.converted()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=end, eos_token=end, model_max_length=block_size)
+        tokenizer_object=theirs, bos_token=end, eos_token=end, model_max_length=block_size)

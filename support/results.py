@@ -2,11 +2,11 @@
 import itertools
 import json
 import os
-from pathlib import Path
 
 import torch
 
 from support import figures
+from support.checkpoint import checkpoints
 from support.files import write_atomically
 
 
@@ -33,10 +33,7 @@ def keep_earlier(folder, name):
 
 def newest_finished(folder="out"):
     """The newest run with all of its steps, or the newest if none has. -> its folder, what it is"""
-    paths = sorted(Path(folder).glob("**/ckpt.pt"), key=lambda path: -path.stat().st_mtime)
-    if not paths:
-        raise FileNotFoundError(f"no checkpoint under {folder}/: train one with  python train.py, "
-                                "or name a folder by --out_dir")
+    paths = checkpoints(folder)
     done = next((path for path in paths if is_finished(path)), None)
     return (done or paths[0]).parent, "the newest finished run" if done else "the newest run"
 

@@ -26,8 +26,8 @@ def check(rules):
             raise ValueError(message)
 
 
-def value_rules(config):
-    """Each field by itself: its type, as on the command line (1 may stand for 1.0), its range."""
+def type_rules(config):
+    """Each field's type, as on the command line: 1 may stand for 1.0."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         kinds = get_args(hint) or (hint,)  # int | None -> int, NoneType
@@ -36,7 +36,14 @@ def value_rules(config):
             value = float(value)
             setattr(config, name, value)
         words = " | ".join(getattr(a, "__name__", a) for a in allowed).replace("NoneType", "None")
-        yield type(value) in allowed or value in allowed, f"{name}={value!r}: expected {words}"
+        right = type(value) in allowed or (isinstance(value, str) and value in allowed)
+        yield right, f"{name}={value!r:.80}: expected {words}"
+
+
+def value_rules(config):
+    """Each field by itself: its type and its range."""
+    yield from type_rules(config)
+    for name, value in vars(config).items():
         if type(value) is int:
             least, most = int(name not in MAY_BE_ZERO), LARGEST.get(name, 2**40)
             yield value >= least, f"{name}={value} must be at least {least}"
@@ -229,6 +236,7 @@ def share_mask_rules(c, given):
 
 def training_rules(c):
     """Of a TrainConfig."""
+    yield from type_rules(c)
     counts = ("max_steps", "batch_tokens", "micro_batch", "eval_tokens", "log_every", "timeout")
     for name, value in vars(c).items():
         if isinstance(value, (int, float)):

@@ -4,7 +4,6 @@ in them, about a megabyte at a time."""
 import contextlib
 import errno
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -20,6 +19,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from support.shards import file_sha256
+from support.usage import optional
 
 HUB = {  # source: (dataset on huggingface.co, folder in it)
     "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT"),
@@ -115,12 +115,7 @@ def knock(seconds=5):
 
 
 def extra(module):
-    """Import an optional package."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        name = module.partition(".")[0]
-        raise Unreachable(f'{name} is not installed: pip install -e ".[data]"') from None
+    return optional(module, "data", Unreachable)
 
 
 def fetch(file, folder):

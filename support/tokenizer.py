@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from support.usage import optional
+
 GPT2 = Path(__file__).with_name("gpt2_vocabulary.xz")  # its tokens by rank, a base64 line each
 # how GPT-2 splits text
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -65,10 +67,7 @@ class HubTokenizer(Tokenizer):
     copy = "tokenizer.json"
 
     def __init__(self, name, data):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(f'{name} needs tokenizers: pip install -e ".[hf]"') from None
+        tokenizers = optional("tokenizers", "hf", ValueError)
         try:
             self.encoding = encoding = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # it raises nothing narrower
@@ -148,10 +147,7 @@ def get_tokenizer(spec: str, sha256: str | None = None) -> Tokenizer:
 
 def tokenizer_json(name):
     """The tokenizer.json of a model, by its name on the hub or its folder -> bytes."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError(f'hf:{name} needs transformers: pip install -e ".[hf]"') from None
+    transformers = optional("transformers", "hf", ValueError)
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return theirs.backend_tokenizer.to_str().encode()

@@ -1,5 +1,6 @@
 """What a program says to its user: --help, and every mistake in one line."""
 import contextlib
+import importlib
 import inspect
 import os
 import re
@@ -63,6 +64,15 @@ def fail(message):
     """End the program because of a user's mistake: one line on stderr, exit code 2."""
     print("error: " + str(message).replace("\n", " "), file=sys.stderr)
     sys.exit(2)
+
+
+def optional(module, extra, error=ImportError):
+    """A module that an extra brings; where it is missing, the error says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = module.removeprefix("torch.utils.").partition(".")[0]
+        raise error(f'{name} is not installed: pip install -e ".[{extra}]"') from None
 
 
 @contextlib.contextmanager

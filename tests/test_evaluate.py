@@ -1,6 +1,6 @@
 """lab.evaluate against log-likelihoods by hand (without a cache) and transformers' HFLM.
 
-  1. scores      2. what a batch is      3. generation      4. the harness and the command line
+  1. scores      2. generation      3. the harness and the command line
 """
 import json
 import os
@@ -30,7 +30,14 @@ FLAVOURS = {
 
 
 def scorer(flavour="topk", **options):
-    return evaluate.Scorer(random_model(**FLAVOURS[flavour]), get_tokenizer("bytes"), **options)
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    model = random_model(**FLAVOURS[flavour])
+    return evaluate.language_model(model, get_tokenizer("bytes"), **options)
+
+
+def score(lm, pairs):
+    """pairs of token lists"""
+    return lm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs], disable_tqdm=True)
 
 
 def requests(pairs):
@@ -68,67 +75,39 @@ def test_loglikelihood_equals_by_hand(flavour):
     for (context, continuation), (value, greedy) in zip(PAIRS, likelihoods(lm, PAIRS)):
         n = len(context.rstrip().encode())
         ids = list((context + continuation).encode())
-        expected = by_hand(lm.model, ids[:n], ids[n:])
+        expected = by_hand(lm.model.gpt, ids[:n], ids[n:])
         assert value == pytest.approx(expected[0], abs=1e-4) and greedy == expected[1]
 
 
 def test_greedy_is_noticed():
     lm, start = scorer(), list(b"def ")
-    best = greedy_tokens(lm.model, start, 4)
+    best = greedy_tokens(lm.model.gpt, start, 4)
     other = [*best[:-1], (best[-1] + 1) % 257]
-    scores = lm.score([(start, best), (start, other), (start, best[:2])], True)
+    scores = score(lm, [(start, best), (start, other), (start, best[:2])])
     assert [greedy for _, greedy in scores] == [True, False, True] and scores[0][0] > scores[1][0]
-
-
-@pytest.mark.parametrize("context, continuation, tokens", [
-    ("", "ab", ([256], [97, 98])),  # nothing before it: the end of the last text
-    ("a  ", "b", ([97], [32, 32, 98])),  # spaces go to the continuation
-    ("  ", "b", ([256], [32, 32, 98])),
-    ("é", " ∞", ([195, 169], [32, 226, 136, 158])),
-])
-def test_encode_pair(context, continuation, tokens):
-    assert scorer().encode_pair(context, continuation) == tokens
 
 
 def test_a_continuation_longer_than_the_context_is_refused():
     lm = scorer()
     longest = list(range(CONTEXT))
-    expected = by_hand(lm.model, [1], longest)[0]
-    assert lm.score([([1], longest)], True)[0][0] == pytest.approx(expected, abs=1e-4)
-    for length in (0, CONTEXT + 1):
-        with pytest.raises(ValueError, match=f"{length} tokens .* block_size={CONTEXT}"):
-            lm.score([([1], [2] * length)], True)
+    expected = by_hand(lm.model.gpt, [1], longest)[0]
+    assert score(lm, [([1], longest)])[0][0] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens .* block_size={CONTEXT}"):
+        score(lm, [([1], [2] * (CONTEXT + 1))])
 
 
 @pytest.mark.parametrize("length", [1, CONTEXT, CONTEXT + 1, 3 * CONTEXT + 5])
 def test_rolling_scores_every_token_once(length):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     lm, text = scorer(), "".join(ITEMS[i]["question"] for i in range(40))[:length]
     ids = [256, *text.encode()]
     total, done = 0.0, 1
     while done < len(ids):  # windows of CONTEXT predictions; the last looks back as far as it can
         new = min(CONTEXT, len(ids) - done)
         first = max(0, done + new - CONTEXT - 1)
-        total += by_hand(lm.model, ids[first:done], ids[done:done + new])[0]
+        total += by_hand(lm.model.gpt, ids[first:done], ids[done:done + new])[0]
         done += new
     rolling = lm.loglikelihood_rolling(requests([(text,)]), disable_tqdm=True)
     assert rolling == [pytest.approx(total, abs=1e-3)]
-
-
-# ---- 2. What a batch is
-
-@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])  # one context; a few; all of a length
-def test_batches_cover_every_context_once(batch_tokens):
-    lm = scorer(batch_tokens=batch_tokens)
-    groups = {tuple(range(n, n + 1 + n % 7)): [(n, [1] * (1 + n % 5))] * (1 + n % 3)
-              for n in range(40)}
-    batches = list(lm.batches(groups))
-    assert sorted(context for batch in batches for context in batch) == sorted(groups)
-    for batch in batches:
-        assert len({len(context) for context in batch}) == 1
-        tokens = sum(len(groups[c]) * (len(c) + max(len(x) for _, x in groups[c])) for c in batch)
-        assert len(batch) == 1 or tokens <= batch_tokens
-    assert [len(b[0]) for b in batches] == sorted((len(b[0]) for b in batches), reverse=True)
 
 
 def test_scores_do_not_depend_on_the_batch():
@@ -137,20 +116,12 @@ def test_scores_do_not_depend_on_the_batch():
     assert [x for x, _ in a] == pytest.approx([x for x, _ in b], abs=1e-4)
 
 
-def test_a_context_runs_once_for_all_its_continuations():
-    lm, seen = scorer(), []
-    handle = lm.model.wte.register_forward_hook(lambda _, args, out: seen.append(args[0].shape))
-    lm.score([(list(range(20)), [k, k, k]) for k in range(4)], True)
-    handle.remove()
-    assert [tuple(shape) for shape in seen] == [(1, 19), (4, 3)]
-
-
-# ---- 3. Generation
+# ---- 2. Generation
 
 def test_generation_stops_and_is_cut():
     lm = scorer("dense")
     whole = lm.generate_until(requests([("def f", {"max_gen_toks": 12})]))[0]
-    alone = greedy_tokens(lm.model, list(b"def f"), 12)
+    alone = greedy_tokens(lm.model.gpt, list(b"def f"), 12)
     assert whole == lm.tokenizer.decode(alone[:alone.index(256)] if 256 in alone else alone)
     until = whole[2]
     contexts = [("def f", {"max_gen_toks": 12, "until": [until]}),
@@ -161,7 +132,7 @@ def test_generation_stops_and_is_cut():
     assert results[3] == whole
 
 
-# ---- 4. The harness and the command line
+# ---- 3. The harness and the command line
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
@@ -199,7 +170,7 @@ def test_equals_hflm_on_the_exported_model(harness, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from support import hf
     lm = scorer()
-    hf.export(lm.model, tmp_path, lm.tokenizer)
+    hf.export(lm.model.gpt, tmp_path, get_tokenizer("bytes"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     theirs = evaluate.language_model(model, str(tmp_path))
     pairs = [pair for pair in PAIRS if len(pair[0]) < CONTEXT - 8]
@@ -210,8 +181,7 @@ def test_equals_hflm_on_the_exported_model(harness, tmp_path):
     text = requests([(text,)])
     rolling = theirs.loglikelihood_rolling(text, disable_tqdm=True)
     assert lm.loglikelihood_rolling(text, disable_tqdm=True) == pytest.approx(rolling, abs=1e-3)
-    ours = evaluate.language_model(lm.model, lm.tokenizer)
-    assert evaluate.run(ours, "toy", str(TOY)) == evaluate.run(theirs, "toy", str(TOY))
+    assert evaluate.run(lm, "toy", str(TOY)) == evaluate.run(theirs, "toy", str(TOY))
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -162,7 +162,7 @@ def test_the_bar_counts_micro_steps_and_hears_ctrl_c(tmp_path):
 
 
 def test_the_lowered_micro_batch_is_what_the_run_keeps(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "check_memory", refuse)
+    monkeypatch.setattr(budget, "free_memory", lambda _: (0, "free"))
     monkeypatch.setattr(budget, "fitting", lambda *_: 2)
     data = make_data(tmp_path / "data")
     assert train.train(*configs(data, tmp_path / "out", max_steps=1))["finished"]

@@ -184,7 +184,7 @@ def test_code_in_a_folder_never_runs(script, tmp_path):
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'need transformers: pip install -e "\.\[hf\]"'):
+    with pytest.raises(ImportError, match=r'is not installed: pip install -e "\.\[hf\]"'):
         GPT.from_hf("gpt2")
 
 

@@ -1,7 +1,6 @@
 """lab.reproduce: budgets that match, runs that resume, a report that records alone determine."""
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -308,20 +307,6 @@ def test_committed_records_are_whole_and_the_report_is_theirs(monkeypatch, capsy
 
 
 # ---- many runs
-
-def test_a_lock_counts_while_its_process_lives(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert not reproduce.is_timing()
-    (tmp_path / "out").mkdir()
-    lock = tmp_path / "out" / "timing.lock"
-    lock.write_text(str(os.getpid()))
-    assert reproduce.is_timing()
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    for text in (str(gone.pid), ""):
-        lock.write_text(text)
-        assert not reproduce.is_timing()
-
 
 @pytest.mark.parametrize("words, message", [
     (["--only=nonsense"], "only=nonsense"), (["--only=,"], "only=,"),

@@ -558,16 +558,17 @@ def test_memory_at_hand_decides(monkeypatch):
     model = train.on_meta(ModelConfig(n_layer=2, n_head=2, d_model=32))
     config, cpu = train.TrainConfig(micro_batch=4096, dtype="float32"), torch.device("cpu")
     need = sum(budget.memory_per_rank(model, config, 1).values())
-    budget.check_memory(model, config, 1, cpu)
+    assert budget.choose_micro_batch(model, config, 2, cpu) == (4096, "")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (used + int(need / 5), 0))
     with pytest.raises(ValueError, match=r"ulimit -v\): --micro_batch=(\d+) would fit") as caught:
-        budget.check_memory(model, config, 1, cpu)
+        budget.choose_micro_batch(model, config, 2, cpu)
     fitting = int(str(caught.value).split("--micro_batch=")[1].split()[0])
-    budget.check_memory(model, dataclasses.replace(config, micro_batch=fitting), 1, cpu)
+    smaller = dataclasses.replace(config, micro_batch=fitting)
+    assert budget.choose_micro_batch(model, smaller, 2, cpu) == (fitting, "")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (used, 0))
     with pytest.raises(ValueError, match="fewer or smaller layers"):
-        budget.check_memory(model, config, 1, cpu)
+        budget.choose_micro_batch(model, config, 2, cpu)
 
 
 def test_dtype_may_change_on_the_way(data, tmp_path, command):
@@ -594,7 +595,7 @@ def test_a_model_of_another_tokenizer(data, tmp_path, command, monkeypatch, caps
     assert_refused(command(data, "", n=50257), "(50257 ids)", "bytes (257 ids)", f"hf:{tmp_path}")
     assert command(data, "", n=257)[0] == 0
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert_refused(command(data, "", n=257), "need transformers", "pip install")
+    assert_refused(command(data, "", n=257), "transformers is not installed", "pip install")
 
 
 def test_the_tokenizer_stays_with_the_checkpoint(tmp_path, command):
