@@ -40,10 +40,9 @@ class HubServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, files, seconds_per_chunk=0.0, stall="", damage=""):
+    def __init__(self, files, stall="", damage=""):
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files, self.requests = files, []
-        self.seconds_per_chunk, self.stall, self.damage = seconds_per_chunk, stall, damage
+        self.files, self.requests, self.stall, self.damage = files, [], stall, damage
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -82,10 +81,10 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            step = max(1, len(body) // 4)
-            for start in range(0, len(body), step):
-                self.wfile.write(body[start : start + step])
-                time.sleep(60 if self.is_file(self.server.stall) else self.server.seconds_per_chunk)
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            time.sleep(60 if self.is_file(self.server.stall) else 0)
+            self.wfile.write(body[half:])
 
     def is_file(self, name):
         return bool(name) and "/resolve/" in self.path and self.path.endswith(name)

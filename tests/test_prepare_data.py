@@ -206,15 +206,14 @@ def test_rank_file_travels_with_the_data(tmp_path, out, monkeypatch):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     monkeypatch.chdir(tmp_path / "one")
-    ranks = rank_file(Path("my.tiktoken"), RANKS)
+    rank_file(Path("my.tiktoken"), RANKS)
     make(write(Path("a.txt"), "hello"), Path("../out"), tokenizer="my.tiktoken")
     monkeypatch.chdir(tmp_path / "two")
     Path(tmp_path / "one" / "my.tiktoken").rename(tmp_path / "gone")
     meta = load_meta("../out")
     tokenizer = get_tokenizer(meta["tokenizer"], meta["tokenizer_sha256"])
     assert tokenizer.encode("hello") == [256, *b"llo"]
-    assert tokenizer.sha256 == meta["tokenizer_sha256"]
-    assert Path(meta["tokenizer"]).is_absolute() and ranks == "my.tiktoken"
+    assert Path(meta["tokenizer"]).is_absolute()
     assert meta["tokenizer_sha256"] == hashlib.sha256((tmp_path / "gone").read_bytes()).hexdigest()
     rank_file(out / "tokenizer.tiktoken", SINGLE | {b"he": 257, b"lo": 256})
     with pytest.raises(ValueError,
@@ -252,10 +251,10 @@ def test_bad_rank_file(tmp_path, content, line):
         get_tokenizer(str(path))
 
 
-@pytest.mark.parametrize("spec", ["gpt3", "nowhere.tiktoken", "", __file__])
-def test_unknown_tokenizer(spec):
-    with pytest.raises(ValueError, match=r"no tokenizer .*bytes, gpt2"):
-        get_tokenizer(spec)
+def test_unknown_tokenizer():
+    for spec in ("gpt3", "nowhere.tiktoken", "", __file__):
+        with pytest.raises(ValueError, match=r"no tokenizer .*bytes, gpt2"):
+            get_tokenizer(spec)
 
 
 # ---- 2. the shard format
@@ -706,13 +705,6 @@ def test_line_that_decompresses_to_gigabytes(tmp_path, out):
     assert "bomb.jsonl.zst: line 1: longer than 64 MiB" in err.splitlines()[-1]
 
 
-def test_empty_folder_and_missing_path(tmp_path, out):
-    with pytest.raises(ValueError, match="holds no text"):
-        make(tmp_path, out)
-    with pytest.raises(ValueError, match=r"no source '.*nowhere\.txt': stdlib, packages, fineweb"):
-        make(tmp_path / "nowhere.txt", out)
-
-
 def python_tree(root):
     """A library like Python's own, with what must be left out."""
     for i in range(30):
@@ -951,14 +943,18 @@ def stopped(number, arguments, when, **env):
     return process.returncode, err
 
 
-def test_kill_leaves_nothing_that_looks_whole(tmp_path):
-    """Killed with -9 among shards: no folder, an error that says so, then the same bytes."""
+@pytest.mark.parametrize("number, code, says", [
+    (signal.SIGKILL, -9, ""),
+    (signal.SIGINT, 130, "interrupted: the same command goes on from here")])
+def test_stopped_among_shards(tmp_path, number, code, says):
+    """No folder, an error that says so, nothing that looks whole; then the same bytes."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 60))
     make(source, tmp_path / "calm", shard_tokens=100_000)
     out, work = tmp_path / "out", tmp_path / "out.unfinished"
     arguments = [out, source, "--shard_tokens=1e5"]
     two = lambda: len(list(work.glob("train_*.bin"))) > 1
-    assert stopped(signal.SIGKILL, [*arguments, "--workers=2"], two)[0] == -9
+    end, err = stopped(number, [*arguments, "--workers=2"], two)
+    assert end == code and says in err and "Traceback" not in err
     assert not out.exists() and work.is_dir()
     with pytest.raises(FileNotFoundError, match=r"has not finished, run: python prepare_data\.py"):
         ShardReader(out, "train", 8)
@@ -992,25 +988,17 @@ def test_resume_distrusts(tmp_path, out, monkeypatch, parts, damage):
         patch.setattr(prepare_data.Preparation, "finish", killed)  # when all parts are done
         make(parts, out)
     work = tmp_path / "out.unfinished"
+    shard = work / "train_000001.bin"
     if damage == "shard gone":
-        (work / "train_000001.bin").unlink()
+        shard.unlink()
     elif damage == "shard cut":
-        write(work / "train_000001.bin", (work / "train_000001.bin").read_bytes()[:-2])
+        write(shard, shard.read_bytes()[:-2])
     elif damage == "input changed":
         write(parts / "1.jsonl", jsonl([*DOCUMENTS[1::4], "one more"]))
     size = 5000 if damage == "settings changed" else 10**8  # then other shards stand in the way
     for folder in ("out", "calm"):
         make(parts, tmp_path / folder, shard_tokens=size)
     assert snapshot(out) == snapshot(tmp_path / "calm") and not work.exists()
-
-
-def test_interrupt_is_one_line(tmp_path, out):
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 200))
-    arguments = out, source, "--workers=2", "--shard_tokens=1e5"
-    a_shard = lambda: list(tmp_path.glob("out.unfinished/*.bin"))
-    code, err = stopped(signal.SIGINT, arguments, a_shard)
-    assert "interrupted: the same command goes on from here" in err
-    assert code == 130 and "Traceback" not in err
 
 
 def test_full_disk_is_one_line(tmp_path, out):
@@ -1033,7 +1021,7 @@ def test_missing_extra_is_one_line(tmp_path, out):
 
 @pytest.mark.parametrize("arguments, line", [
     ([], "name a source: stdlib, packages, fineweb"),
-    (["stdlbi"], "no source 'stdlbi'"),
+    (["stdlbi"], "no source 'stdlbi': stdlib, packages, fineweb"),
     (["stdlib", "--max_tokns=3"], "did you mean --max_tokens?"),
     (["stdlib", "--val_fraction=1"], "must lie between 0 and 1"),
     (["stdlib", "--max_tokens=0"], "at least 1"),
@@ -1228,22 +1216,6 @@ def test_hub_dry_run(tmp_path, out):
 
 
 @pytest.mark.slow
-def test_soak_of_kills(tmp_path, out):
-    """Killed with -9 at 12 random moments, in downloads and between shards: the same bytes."""
-    files, rng = fineweb(6), np.random.default_rng(0)
-    arguments = ["fineweb", "--workers=2", "--shard_tokens=20000", "--val_fraction=0.05"]
-    with HubServer(files, seconds_per_chunk=0.05) as hub:
-        run_script(tmp_path / "calm", *arguments, **hub.env)
-        for delay in rng.uniform(0.5, 5, 12):
-            process = run_script(out, *arguments, wait=False, **hub.env)
-            time.sleep(delay)
-            process.kill()
-            process.communicate()
-        run_script(out, *arguments, **hub.env)
-    assert snapshot(out) == snapshot(tmp_path / "calm")
-
-
-@pytest.mark.slow
 def test_throughput(tmp_path, out, capsys):
     """CPU seconds of a preparation against bare tiktoken on the same text, in turn.
 
@@ -1265,9 +1237,9 @@ def test_throughput(tmp_path, out, capsys):
         begin = seconds()
         GPT2.encoding.encode_ordinary_batch(documents, num_threads=2)
         spent["bare"].append(seconds() - begin)
-    median = {name: float(np.median(values)) for name, values in spent.items()}
     for name in ("all.parquet", "all.jsonl.zst"):
-        ratio = median["bare"] / (median[name] - median["nothing.jsonl"])
+        ours = np.median(spent[name]) - np.median(spent["nothing.jsonl"])
+        ratio = np.median(spent["bare"]) / ours
         with capsys.disabled():
             print(f"\n{name}: {ratio:.0%} of bare tiktoken", end="")
         assert ratio > 0.8
