@@ -56,9 +56,6 @@ class HubServer(http.server.ThreadingHTTPServer):
             "HF_HUB_OFFLINE": "0",
         }
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()

@@ -139,11 +139,10 @@ def test_gpt2(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     gpt2 = get_tokenizer("gpt2")
     assert (gpt2.name, gpt2.vocab_size, gpt2.eot) == ("gpt2", 50257, 50256)
-    # the SHA-256 that tiktoken has for the file of ranks that it would download
-    ranks, digest = gpt2.encoding._mergeable_ranks, hashlib.sha256()
-    for token, rank in ranks.items():
-        digest.update(base64.b64encode(token) + b" %d\n" % rank)
-    assert digest.hexdigest() in inspect.getsource(openai_public)
+    # tiktoken has a SHA-256 of the file of ranks that it would download
+    ranks = gpt2.encoding._mergeable_ranks
+    file = Path(rank_file(tmp_path / "r50k_base.tiktoken", ranks))
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in inspect.getsource(openai_public)
     reference = tiktoken.Encoding(
         "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
     for text in [*TEXTS, Path(__file__).read_text()]:
@@ -516,8 +515,8 @@ def test_sentencepiece_spells_spaces_and_bytes(tmp_path):
         write(tmp_path / "tokenizer.json", content)
         with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
             get_tokenizer(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="hf:nowhere: no tokenizer that can be read"):
-        get_tokenizer("hf:nowhere")
+    with pytest.raises(ValueError, match=r"hf:.*: no tokenizer that can be read"):
+        get_tokenizer(f"hf:{tmp_path}")
 
 
 GOOD = {"tokenizer": "bytes", "vocab_size": 257}
