@@ -169,14 +169,6 @@ def test_nanogpt_is_named_by_its_folder(tmp_path):
     assert theirs().item() == pytest.approx(ours().item(), rel=1e-6)
 
 
-def test_reproduce_is_asked_to_pause(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RuntimeError), bench.timing_lock():
-        assert Path("out/timing.lock").exists()
-        raise RuntimeError
-    assert not Path("out/timing.lock").exists()
-
-
 def test_a_quick_table_runs(table):
     bench.bench_decode(table)
     assert len(table.rows) == 4 and all(row["ours"] > 0 for row in table.rows)

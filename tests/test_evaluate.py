@@ -1,18 +1,16 @@
 """lab.evaluate against log-likelihoods by hand (without a cache) and transformers' HFLM."""
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from probe_helpers import CONTEXT, random_model, save_checkpoint
-from train_helpers import call, refused, run
+from train_helpers import ROOT, call, refused, run
 
 from lab import evaluate
 from support.tokenizer import get_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy_task"
 ITEMS = [json.loads(line) for line in (TOY / "toy.jsonl").read_text().splitlines()]
 PAIRS = [(item["question"], choice) for item in ITEMS for choice in item["choices"]]  # 50 of 4

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from probe_helpers import (
     text_shards,
     tokens,
 )
-from train_helpers import call, refused
+from train_helpers import ROOT, call, refused
 
 import losses
 import moe
@@ -45,7 +44,6 @@ OURS = {
     "unipool": dict(arch="llama", flavour="unipool", n_experts=12, top_k=2, n_layer=4),
     "infmoe": dict(arch="llama", flavour="infmoe", infmoe_dz=8, n_layer=4),
 }
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")

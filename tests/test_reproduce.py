@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from train_helpers import environment, make_data, refused
+from train_helpers import ROOT, environment, make_data, refused
 
 import train
 from lab import claims, reproduce
 
-ROOT = Path(__file__).parent.parent
 CONFIG = reproduce.ReproduceConfig()
 
 
