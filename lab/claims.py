@@ -141,7 +141,7 @@ The smallest scales at which others measured:
 | infinity-MoE, 2601.17680, FineWeb | 129M active, 10B tokens | zero-shot 39.8: MoE + 2.5 %, low K |
 | specialization, coupling, 2602.14159 | 1.1B | perplexity 12.50 to 12.27 |
 | here | 0.4M active, 0.4M to 3.4M stored, 2M tokens | above |
-"""  # noqa: E501
+"""
 
 
 def spread(values):
