@@ -326,7 +326,7 @@ def print_random_router(subject, config, n_units, learned, rows, names):
         title = {"loss": "loss, nats", "accuracy": "accuracy, points"}[column]
         table = defaultdict(list)
         for row in rows:  # by router, then by layer
-            table[row["layer"]].append(changed(row, column, digits))
+            table[row["layer"]].append(changed(row, column, digits[column]))
         print_table([f"{title}; layer", *names], [[label, *row] for label, row in table.items()])
     if learned.get("loss", 0) > np.log(subject.vocab_size):
         print("WARNING: this is worse than guessing: was the text made with another tokenizer?")

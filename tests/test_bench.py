@@ -63,11 +63,10 @@ def table(tmp_path):
     return bench.Table(bench.BenchConfig(quick=True, out=str(tmp_path), repeat=1))
 
 
-def test_a_wrong_result_has_no_speed(tmp_path, monkeypatch, capsys):
+def test_a_wrong_result_has_no_speed(table, tmp_path, monkeypatch, capsys):
     honest = kernels.masked_ffn
     monkeypatch.setattr(kernels, "masked_ffn", lambda *a, **k: honest(*a, **k) * 1.001)
-    config = bench.BenchConfig(quick=True, out=str(tmp_path), repeat=1)
-    assert bench.run_benches(["infmoe"], config) == 1
+    assert bench.run_benches(["infmoe"], table.config) == 1
     assert not list(tmp_path.glob("bench/*.jsonl"))
     assert "infmoe's FFN disagrees with its reference" in capsys.readouterr().err
 

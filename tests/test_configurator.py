@@ -122,6 +122,7 @@ BAD = [  # option, what the line says
 @pytest.mark.parametrize("option, line", BAD, ids=[case[0] for case in BAD])
 def test_bad_value(option, line, capsys):
     assert line in mistake(capsys, option)
+    assert line in mistake(capsys, option, "--sizes=a")  # the next option is no value
 
 
 @pytest.mark.parametrize("argv, given", [
@@ -133,10 +134,6 @@ def test_bad_value(option, line, capsys):
 ])
 def test_value_as_the_next_word(argv, given):
     assert run(*argv.split()).given == given
-
-
-def test_an_option_is_no_value(capsys):
-    assert "--lr needs a value" in mistake(capsys, "--lr", "--bias")
 
 
 # ---- 2. positional words
@@ -152,8 +149,6 @@ def test_words():
 
 def test_word_too_many(tmp_path, capsys):
     assert "unexpected word 'more'" in mistake(capsys, config(tmp_path, ""), "more")
-    # an option typo: says how to write it
-    assert "--n_layer=3" in mistake(capsys, config(tmp_path, ""), "n_layer=3")
     assert "unexpected word 'x'" in mistake(capsys, "x", words=())
 
 
@@ -314,9 +309,8 @@ def test_help_says_what_none_means(schema):
     """A field whose default is None: its comment says what that stands for, or its flavour does."""
     comments = field_comments(schema)
     by_flavour = {key for preset in FLAVOURS.values() for key in preset}
-    silent = [f.name for f in dataclasses.fields(schema) if f.default is None
-              and f.name not in by_flavour and "None" not in comments[f.name]]
-    assert not silent
+    for f in dataclasses.fields(schema):
+        assert f.default is not None or f.name in by_flavour or "None" in comments[f.name], f.name
 
 
 def test_help_without_source():

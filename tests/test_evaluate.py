@@ -3,21 +3,17 @@
   1. scores      2. generation      3. the harness and the command line
 """
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from probe_helpers import CONTEXT, random_model, save_checkpoint
-from train_helpers import call, refused
+from train_helpers import ROOT, call, refused, run
 
 from lab import evaluate
 from support.tokenizer import get_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy_task"
 ITEMS = [json.loads(line) for line in (TOY / "toy.jsonl").read_text().splitlines()]
 PAIRS = [(item["question"], choice) for item in ITEMS for choice in item["choices"]]  # 50 of 4
@@ -203,19 +199,14 @@ def test_mistakes_are_one_line(harness, argv, words, tmp_path, capsys, monkeypat
     assert code == 2 and error.startswith("error: ") and words in error
 
 
-@pytest.mark.parametrize("name", ["evaluate", "bench", "reproduce"])
-def test_our_modules_shadow_nobodys(name):
+def test_our_modules_shadow_nobodys():
     """Here `import evaluate` is Hugging Face's, which tasks of the harness import, or nothing."""
-    code = f"import importlib.util as u; print(getattr(u.find_spec('{name}'), 'origin', 'nothing'))"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
-                           capture_output=True, text=True)
-    assert found.returncode == 0 and ROOT / f"{name}.py" != Path(found.stdout.strip())
+    ours = {f"{name}.py" for name in ("evaluate", "bench", "reproduce")}
+    assert not ours & {path.name for path in ROOT.glob("*.py")}
 
 
-def test_runs_as_a_module(tmp_path):
-    words = [sys.executable, "-m", "lab.evaluate", "--help"]
-    told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+def test_runs_as_a_module():
+    told = run([sys.executable, "-m", "lab.evaluate", "--help"], cwd=ROOT)
     assert told.returncode == 0 and "--tasks=str" in told.stdout
 
 

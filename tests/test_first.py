@@ -8,7 +8,6 @@ import resource
 import signal
 import struct
 import subprocess
-import sys
 import termios
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 from data_helpers import ROOT, HubServer
 from probe_helpers import hf_model, saved
-from train_helpers import configs, make_data, read_rows, train_command
+from train_helpers import PYTHON, configs, make_data, read_rows, run, train_command
 
 import train
 from model import ModelConfig
@@ -31,12 +30,9 @@ SMALL = ["--n_layer=1", "--d_model=16", "--d_ff=16", "--n_head=2", "--block_size
          "--warmup_steps=1", "--device=cpu", "--compile=false", "--dtype=float32"]
 
 
-def script(folder, *argv, timeout=300, **more):
+def script(folder, name, *argv, **more):
     """Run one of our scripts in `folder` as typed there. -> CompletedProcess"""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | NO_HUB | more
-    command = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True,
-                          timeout=timeout)
+    return run([PYTHON, str(ROOT / name), *argv], cwd=folder, **NO_HUB, **more)
 
 
 # ---- 1. train.py makes the data that is missing
@@ -45,9 +41,9 @@ def script(folder, *argv, timeout=300, **more):
 def test_without_a_hub_it_trains_on_what_is_here_and_says_so(tmp_path):
     """config/infmoe_small.py on data/fineweb that is not there: another text, under its own name,
     on screen, in config.json and in the checkpoint; a resumed run does not mix them."""
-    run = lambda *more: script(tmp_path, "train.py", str(ROOT / "config/infmoe_small.py"), *SMALL,
-                               "--d_expert=16", "--infmoe_dz=4", *more)
-    done = run()
+    words = ["train.py", str(ROOT / "config/infmoe_small.py"), *SMALL,
+             "--d_expert=16", "--infmoe_dz=4"]
+    done = script(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert "data/fineweb cannot be had" in done.stdout
     name = re.search(r"preparing (data/(packages|stdlib)_gpt2)", done.stdout)[1]
@@ -57,22 +53,16 @@ def test_without_a_hub_it_trains_on_what_is_here_and_says_so(tmp_path):
     assert saved["train"]["dataset"] == name and saved["model"]["vocab_size"] == 50304
     assert not (tmp_path / "data/fineweb").exists()
     # the same line goes on with the same text; real data under the old name is refused
-    again = run("--init_from=resume", "--max_steps=3")
+    again = script(tmp_path, *words, "--init_from=resume", "--max_steps=3")
     assert again.returncode == 0 and read_rows(out)[-1]["step"] == "3", again.stderr
-    write_shard_folder(tmp_path / "data/fineweb")
-    mixed = run("--init_from=resume", "--max_steps=4")
+    real = make_data(tmp_path / "data/fineweb")
+    (real / "meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
+    mixed = script(tmp_path, *words, "--init_from=resume", "--max_steps=4")
     assert mixed.returncode == 2 and mixed.stderr.count("\n") == 1
     assert f"was trained on {name}, and dataset=data/fineweb" in mixed.stderr
 
 
-def write_shard_folder(folder):
-    folder.mkdir(parents=True)
-    for split in ("train", "val"):
-        write_shard(folder / f"{split}_000000.bin", [15496, 995] * 200)
-    (folder / "meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
-
-
-def test_with_a_hub_it_takes_one_shard_of_each_split(tmp_path, monkeypatch):
+def test_with_a_hub_it_takes_one_shard_of_each_split(tmp_path):
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     files = {}
     for name in ("val_000000", "train_000001", "train_000002"):
@@ -81,9 +71,7 @@ def test_with_a_hub_it_takes_one_shard_of_each_split(tmp_path, monkeypatch):
     program = ("from support import missing; missing.FIRST = 600; "
                "print(missing.make_missing('data/fineweb'))")
     with HubServer(files) as hub:
-        env = os.environ | hub.env | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env,
-                              capture_output=True, text=True, timeout=120)
+        done = run([PYTHON, "-c", program], cwd=tmp_path, **hub.env)
     assert done.returncode == 0, done.stderr
     assert "600 training and 600 validation tokens" in done.stdout
     meta = json.loads((tmp_path / "data/fineweb/meta.json").read_text())
@@ -170,10 +158,6 @@ def test_the_lowered_micro_batch_is_what_the_run_keeps(tmp_path, monkeypatch):
     assert (saved["micro_batch"], saved["batch_tokens"]) == (2, 256)
 
 
-def refuse(*_):
-    raise ValueError("too much")
-
-
 # ---- 3. probe.py answers
 
 
@@ -242,8 +226,7 @@ subprocess.run = lambda command: real([*command, *{SMALL[:3]}, "--n_experts=4", 
     "--n_head=2", "--micro_batch=2", "--batch_tokens=128", "--max_steps=2", "--eval_tokens=64"])
 sys.argv = ["probe.py", "--random-router-from", "12", *{PROBE}]
 probe.main()"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    done = run([PYTHON, "-c", program], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "training the demo's model first, about 4 minutes" in done.stdout
     assert (tmp_path / "out/demo/random_router.json").exists()

@@ -1,8 +1,4 @@
-"""The page to look at routing: what it holds is what the model did, and Chromium draws just that.
-
-  1. discrete experts, ours and transformers'      3. tokens as text      5. in a browser
-  2. infinity-MoE's masks                          4. the file
-"""
+"""The page to look at routing: what it holds is what the model did; Chromium draws that."""
 import base64
 import itertools
 import json
@@ -15,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from probe_helpers import ROUTED, hf_model, random_model, tokens
-from torch import nn
 
 from support import page, routers
 from support.page import collect, write_page
@@ -62,28 +57,16 @@ def test_collect_is_what_the_model_did(name):
 
 @pytest.mark.parametrize("name", ["topk", "unipool"])
 def test_losses_under_random_routing(name):
-    """Each layer's row against a model whose router was replaced, once and for all, by hand."""
-    ids = text_ids()
-    model = random_model(**OURS[name])
+    """Each layer's row against the whole model, with that layer's choices drawn."""
+    model, ids = random_model(**OURS[name]), text_ids()
     got = collect(model, BYTES, ids, name)
-
-    class Other(nn.Module):
-        def __init__(self, router, draw):
-            super().__init__()
-            self.router, self.draw, self.n_choices = router, draw, router.n_choices
-
-        def forward(self, x, *args):
-            learned = self.router(x, *args)
-            changed = self.draw(None, None, learned)
-            assert torch.equal(changed.weights, learned.weights)
-            return learned._replace(ids=changed.ids)
-
     for k, layer in enumerate(routers.find_layers(model)):
-        ffn = model.blocks[layer.index].ffn
-        ffn.router = Other(layer.router, page.random_choice(layer))
+        draw = page.random_choice(layer)
+        changed = lambda _, args, own, draw=draw: own._replace(ids=draw(None, args, own).ids)
+        handle = layer.router.register_forward_hook(changed)
         with torch.no_grad():
             logits = model(ids[None, :-1]).logits[0]
-        ffn.router = layer.router
+        handle.remove()
         losses = F.cross_entropy(logits, ids[1:], reduction="none")
         assert got["random"][k] == pytest.approx(losses.tolist(), abs=6e-4)
         assert got["random"][k] != got["loss"]

@@ -3,6 +3,7 @@
 import base64
 import collections
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -23,9 +24,10 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 import zstandard
-from data_helpers import ROOT, HubServer, gpt2_cache, run_script
+from data_helpers import ROOT, HubServer, run_script
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 from train_helpers import refused
 
 import prepare_data
@@ -38,7 +40,7 @@ from support.tokenizer import get_tokenizer
 
 TEXTS = ["one\r\ntwo", "naïve café", "日本語 🙂", "\tdef f():\n        return 1\n", "<|endoftext|>",
          "x" * 5000, " ", "\x00"]
-BYTES = get_tokenizer("bytes")
+BYTES, GPT2 = get_tokenizer("bytes"), get_tokenizer("gpt2")
 FILES = ["meta.json", "prepare_data.lock", "train_000000.bin", "val_000000.bin"]
 DOCUMENTS = [f"{i}: {text}" for i in range(40) for text in TEXTS]
 SINGLE = {bytes([i]): i for i in range(256)}  # ranks of a tokenizer
@@ -103,12 +105,6 @@ def snapshot(folder):
 
 
 @pytest.fixture
-def gpt2(monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2_cache())
-    return get_tokenizer("gpt2")
-
-
-@pytest.fixture
 def out(tmp_path):
     """Where the shards go; not made yet."""
     return tmp_path / "out"
@@ -123,65 +119,55 @@ def source(tmp_path):
 
 @given(st.text())
 @example("\ud800 half a pair")
+@example("")
+@example("a special token's text is text: <|endoftext|>")
 def test_bytes_round_trip(text):
-    tokenizer = get_tokenizer("bytes")
     valid = text.encode("utf-8", "replace")
-    assert tokenizer.encode(text) == list(valid)
-    assert tokenizer.decode_bytes(tokenizer.encode(text)) == valid
+    assert BYTES.encode(text) == list(valid)
+    assert BYTES.decode_bytes(list(valid)) == valid
 
 
 def test_bytes_tokenizer():
-    tokenizer = get_tokenizer("bytes")
-    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("bytes", 257, 256)
-    # a special token's text is text
-    assert tokenizer.encode("é<|endoftext|>")[:3] == [0xC3, 0xA9, ord("<")]
-    assert tokenizer.encode("") == []
-    assert tokenizer.decode([0xC3]) == "\ufffd"  # half a character
-    assert tokenizer.decode([97, 256, 98]) == "a<|endoftext|>b"
-    assert tokenizer.decode([97, 300]) == "a\ufffd"  # a model's vocabulary may be padded
+    assert (BYTES.name, BYTES.vocab_size, BYTES.eot) == ("bytes", 257, 256)
+    assert BYTES.decode([0xC3]) == "\ufffd"  # half a character
+    assert BYTES.decode([97, 256, 98]) == "a<|endoftext|>b"
+    assert BYTES.decode([97, 300]) == "a\ufffd"  # a model's vocabulary may be padded
 
 
-def test_gpt2_offline(gpt2):
+def test_gpt2(tmp_path, monkeypatch):
+    """On a machine without a network and without tiktoken's cache: the ids of tiktoken's own."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    gpt2 = get_tokenizer("gpt2")
     assert (gpt2.name, gpt2.vocab_size, gpt2.eot) == ("gpt2", 50257, 50256)
-    assert gpt2.encode("Hello world") == [15496, 995]
-    reference = tiktoken.get_encoding("gpt2")
+    # tiktoken has a SHA-256 of the file of ranks that it would download
+    ranks = gpt2.encoding._mergeable_ranks
+    file = Path(rank_file(tmp_path / "r50k_base.tiktoken", ranks))
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in inspect.getsource(openai_public)
+    reference = tiktoken.Encoding(
+        "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
     for text in [*TEXTS, Path(__file__).read_text()]:
         assert gpt2.encode(text) == reference.encode_ordinary(text)
         assert gpt2.decode(gpt2.encode(text)) == text
-    assert 50256 not in gpt2.encode("a<|endoftext|>b")
-    assert gpt2.decode([15496, 50300]) == "Hello\ufffd"
-    # every token of it: tiktoken checks its own download by a SHA-256
-    assert gpt2.encoding._mergeable_ranks == reference._mergeable_ranks
-    assert gpt2.encoding._special_tokens == reference._special_tokens
-
-
-def test_gpt2_needs_no_download(tmp_path, monkeypatch):
-    """On a machine without a network and without tiktoken's cache."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
-    assert get_tokenizer("gpt2").encode("Hello world") == [15496, 995]
+    assert gpt2.decode([15496, 50300, 50256]) == "Hello\ufffd<|endoftext|>"
     assert not (tmp_path / "empty").exists()
 
 
 RUNS = [" " * 10**6, " " * 999_987, " " * 10**6 + "x", "\n" * 10**6 + "x",
-        "x" + " \t" * 10**6 + "x", "\u3000" * 10**6 + "x"]
+        "x" + " \t" * 10**6 + "x", "\u3000" * 10**6 + "x",
+        *("a" + " " * n + "b" + "\n" * n + "c" for n in (10, 1000, 99_999, 199_000, 400_000))]
 
 
 @pytest.mark.parametrize("text", RUNS, ids=range(len(RUNS)))
-def test_a_million_spaces(tmp_path, gpt2, text):
-    """tiktoken gives up on them; what stands beside them keeps its tokens."""
-    for tokenizer in (gpt2, get_tokenizer(rank_file(tmp_path / "small.tiktoken", RANKS))):
-        ids = tokenizer.encode("hello world." + text + " hello world")
+def test_long_runs_of_whitespace(tmp_path, text):
+    """tiktoken gives up on a million; what stands beside them, and shorter ones, keep tokens."""
+    text = "hello world." + text + " hello world"
+    for tokenizer in (GPT2, get_tokenizer(rank_file(tmp_path / "small.tiktoken", RANKS))):
+        ids = tokenizer.encode(text)
         before, after = tokenizer.encode("hello world."), tokenizer.encode(" hello world")
-        assert tokenizer.decode(ids) == "hello world." + text + " hello world"
+        assert tokenizer.decode(ids) == text
         assert ids[:len(before)] == before and ids[-len(after):] == after
-
-
-@pytest.mark.parametrize("n", [10, 1000, 99_999, 199_000, 400_000])
-def test_shorter_runs_keep_their_tokens(gpt2, n):
-    text = "a" + " " * n + "b" + "\n" * n + "c"
-    if n < 100_000:
-        assert gpt2.encode(text) == gpt2.encoding.encode_ordinary(text)
-    assert gpt2.decode(gpt2.encode(text)) == text
+        if len(text) < 201_000:  # no run of 100,000
+            assert ids == tokenizer.encoding.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("name, content, where", [
@@ -214,25 +200,19 @@ def test_rank_file(tmp_path):
     assert tokenizer.decode(tokenizer.encode("hello wörld")) == "hello wörld"
 
 
-def test_rank_file_travels_with_the_data(tmp_path, out, monkeypatch):
-    """Named by a relative path, found from another folder; a changed copy is refused."""
+def test_rank_file_travels_with_the_data(tmp_path, monkeypatch):
+    """Named by a relative path, found from another folder."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     monkeypatch.chdir(tmp_path / "one")
-    ranks = rank_file(Path("my.tiktoken"), RANKS)
+    rank_file(Path("my.tiktoken"), RANKS)
     make(write(Path("a.txt"), "hello"), Path("../out"), tokenizer="my.tiktoken")
     monkeypatch.chdir(tmp_path / "two")
     Path(tmp_path / "one" / "my.tiktoken").rename(tmp_path / "gone")
     meta = load_meta("../out")
     tokenizer = get_tokenizer(meta["tokenizer"], meta["tokenizer_sha256"])
     assert tokenizer.encode("hello") == [256, *b"llo"]
-    assert tokenizer.sha256 == meta["tokenizer_sha256"]
-    assert Path(meta["tokenizer"]).is_absolute() and ranks == "my.tiktoken"
-    assert meta["tokenizer_sha256"] == hashlib.sha256((tmp_path / "gone").read_bytes()).hexdigest()
-    rank_file(out / "tokenizer.tiktoken", SINGLE | {b"he": 257, b"lo": 256})
-    with pytest.raises(ValueError,
-                       match=r"tokenizer\.tiktoken: not the tokenizer that .* \(SHA-256\)"):
-        get_tokenizer(meta["tokenizer"], meta["tokenizer_sha256"])
+    assert Path(meta["tokenizer"]).is_absolute()
 
 
 def test_changed_rank_file_is_another_preparation(tmp_path, out):
@@ -265,10 +245,10 @@ def test_bad_rank_file(tmp_path, content, line):
         get_tokenizer(str(path))
 
 
-@pytest.mark.parametrize("spec", ["gpt3", "nowhere.tiktoken", "", __file__])
-def test_unknown_tokenizer(spec):
-    with pytest.raises(ValueError, match=r"no tokenizer .*bytes, gpt2"):
-        get_tokenizer(spec)
+def test_unknown_tokenizer():
+    for spec in ("gpt3", "nowhere.tiktoken", "", __file__):
+        with pytest.raises(ValueError, match=r"no tokenizer .*bytes, gpt2"):
+            get_tokenizer(spec)
 
 
 # ---- 2. the shard format
@@ -362,14 +342,6 @@ def test_window_count_at_the_edges(tmp_path, count, windows):
     assert ShardReader(folder, "train", 5).n_windows == 2 + windows
 
 
-def test_each_epoch_is_a_permutation(reader):
-    for epoch in range(3):
-        windows = reader.batch(epoch * 14, 14).tolist()
-        assert sorted(windows) == sorted(EXPECTED)
-    epochs = [reader.batch(epoch * 14, 14).tolist() for epoch in range(3)]
-    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != reader.sequential(0, 14).tolist()
-
-
 def test_order_is_a_function_of_seed_and_position(reader):
     """Any cut of the stream into reads gives the same windows: resuming needs the position only."""
     stream = reader.batch(0, 50).tolist()
@@ -383,17 +355,18 @@ def test_order_is_a_function_of_seed_and_position(reader):
     assert ShardReader(reader.folder, "train", 5, seed=-1).batch(0, 14).shape == (14, 6)
 
 
+EPOCHS = [  # first tokens of windows: each is a permutation, one shard after the other
+    [2005, 2020, 2010, 2000, 2015, 1000, 20, 15, 30, 10, 5, 0, 25, 35],
+    [1000, 2015, 2020, 2005, 2010, 2000, 35, 30, 5, 20, 15, 10, 25, 0],
+    [0, 15, 25, 5, 20, 10, 30, 35, 1000, 2005, 2020, 2010, 2000, 2015]]
+
+
 def test_order_never_changes(reader):
-    """Frozen, so that an old checkpoint resumes on the same data: first tokens of windows."""
-    assert reader.batch(0, 20)[:, 0].tolist() == [
-        2005, 2020, 2010, 2000, 2015, 1000, 20, 15, 30, 10,
-        5, 0, 25, 35, 1000, 2015, 2020, 2005, 2010, 2000]
-
-
-def test_shards_are_visited_one_at_a_time(reader):
-    """The reads of an epoch stay within one shard until it is done."""
-    turns = [token // 1000 for token in reader.batch(0, 14)[:, 0].tolist()]
-    assert len([1 for a, b in zip(turns, turns[1:]) if a != b]) == 2
+    """Frozen, so that an old checkpoint resumes on the same data."""
+    for epoch, starts in enumerate(EPOCHS):
+        assert sorted(starts) == STARTS
+        windows = [list(range(start, start + 6)) for start in starts]
+        assert reader.batch(14 * epoch, 14).tolist() == windows
 
 
 def test_id_beyond_the_vocabulary(tmp_path):
@@ -537,8 +510,8 @@ def test_sentencepiece_spells_spaces_and_bytes(tmp_path):
         write(tmp_path / "tokenizer.json", content)
         with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
             get_tokenizer(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="hf:nowhere: no tokenizer that can be read"):
-        get_tokenizer("hf:nowhere")
+    with pytest.raises(ValueError, match=r"hf:.*: no tokenizer that can be read"):
+        get_tokenizer(f"hf:{tmp_path}")
 
 
 GOOD = {"tokenizer": "bytes", "vocab_size": 257}
@@ -598,8 +571,13 @@ def test_formats_hold_the_same_documents(tmp_path, out, name, content, options):
     assert (meta["tokenizer"], meta["vocab_size"]) == ("bytes", 257)
     for split in ("train", "val"):
         assert meta[f"{split}_tokens"] == len(tokens_of(out, split))
-    for file, shard in meta["shards"].items():
-        assert hashlib.sha256((out / file).read_bytes()).hexdigest() == shard["sha256"]
+    assert_listed(meta, out)
+
+
+def assert_listed(meta, folder):
+    """The shards that meta.json lists have the checksums that it lists."""
+    for name, shard in meta["shards"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == shard["sha256"]
 
 
 def test_folder_of_text_files(tmp_path, out):
@@ -721,13 +699,6 @@ def test_line_that_decompresses_to_gigabytes(tmp_path, out):
     assert "bomb.jsonl.zst: line 1: longer than 64 MiB" in err.splitlines()[-1]
 
 
-def test_empty_folder_and_missing_path(tmp_path, out):
-    with pytest.raises(ValueError, match="holds no text"):
-        make(tmp_path, out)
-    with pytest.raises(ValueError, match=r"no source '.*nowhere\.txt': stdlib, packages, fineweb"):
-        make(tmp_path / "nowhere.txt", out)
-
-
 def python_tree(root):
     """A library like Python's own, with what must be left out."""
     for i in range(30):
@@ -762,8 +733,6 @@ def test_stdlib_for_real(out):
     assert sorted(snapshot(out)) == FILES
     assert load_meta(out)["train_tokens"] == 3_000_000
     assert b"import" in BYTES.decode_bytes(tokens_of(out, "train")[:100_000].tolist())
-    # a library is read, never moved
-    assert Path(os.__file__).is_file() and Path(json.__file__).is_file()
 
 
 @settings(max_examples=30, deadline=None)
@@ -776,17 +745,12 @@ def test_validation_by_hash(text, fraction):
 
 # ---- 5. preparation
 
-def test_workers_change_nothing(tmp_path, gpt2):
-    """And no copy of a held-out document is trained on."""
+def test_workers_change_nothing(tmp_path):
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 20))
     for workers in (1, 2):
         options = dict(tokenizer="gpt2", workers=workers, shard_tokens=50_000)
         make(source, tmp_path / f"out{workers}", **options)
     assert snapshot(tmp_path / "out1") == snapshot(tmp_path / "out2")
-    held_out = [text for text in DOCUMENTS * 20 if is_validation(text, 0.05)]
-    assert documents_of(tmp_path / "out1", "val", gpt2) == held_out
-    train = set(documents_of(tmp_path / "out1", "train", gpt2))
-    assert train == set(DOCUMENTS) - set(held_out) and held_out
 
 
 def test_shards_are_cut_exactly(tmp_path, source):
@@ -795,8 +759,6 @@ def test_shards_are_cut_exactly(tmp_path, source):
     sizes = [shard["tokens"] for name, shard in meta["shards"].items() if name.startswith("train")]
     assert set(sizes[:-1]) == {10_000} and 0 < sizes[-1] <= 10_000 and len(sizes) > 10
     assert_same_tokens(tmp_path / "one", tmp_path / "many")
-    readers = [ShardReader(tmp_path / name, "train", 64) for name in ("one", "many")]
-    assert readers[0].n_tokens == readers[1].n_tokens
 
 
 @pytest.fixture
@@ -926,17 +888,11 @@ def test_two_at_once(tmp_path, out):
         loser = errors[0] if both[0].returncode else errors[1]
         assert "Traceback" not in "".join(errors)
         assert "at work there" in loser or "other settings" in loser
-        assert_whole(out)
+        meta = load_meta(out)
+        assert {path.name for path in out.glob("*.bin")} == meta["shards"].keys()
+        assert_listed(meta, out)
         assert [path.name for path in tmp_path.iterdir() if "." in path.name] == ["a.jsonl"]
         discard(out)
-
-
-def assert_whole(folder):
-    """Exactly the shards that meta.json lists, with these checksums."""
-    meta = load_meta(folder)
-    assert {path.name for path in folder.glob("*.bin")} == meta["shards"].keys()
-    for name, shard in meta["shards"].items():
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == shard["sha256"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"shard_tokens": 9000}])
@@ -955,7 +911,7 @@ def test_finished_by_another_meanwhile(tmp_path, monkeypatch, settings, out, sou
     assert snapshot(out) == before
 
 
-def test_default_names(tmp_path, monkeypatch, gpt2):
+def test_default_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = write(tmp_path / "notes.jsonl.zst", zstandard.compress(jsonl(DOCUMENTS)))
     assert str(prepare([source], DataConfig())[0]) == "data/notes"
@@ -974,21 +930,23 @@ def stopped(number, arguments, when, **env):
     return process.returncode, err
 
 
-def test_kill_leaves_nothing_that_looks_whole(tmp_path):
-    """Killed with -9 among shards: no folder, an error that says so, then the same bytes."""
+@pytest.mark.parametrize("number, code, says", [
+    (signal.SIGKILL, -9, ""),
+    (signal.SIGINT, 130, "interrupted: the same command goes on from here")])
+def test_stopped_among_shards(tmp_path, number, code, says):
+    """No folder, an error that says so, nothing that looks whole; then the same bytes."""
     source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 60))
     make(source, tmp_path / "calm", shard_tokens=100_000)
     out, work = tmp_path / "out", tmp_path / "out.unfinished"
     arguments = [out, source, "--shard_tokens=1e5"]
     two = lambda: len(list(work.glob("train_*.bin"))) > 1
-    assert stopped(signal.SIGKILL, [*arguments, "--workers=2"], two)[0] == -9
+    end, err = stopped(number, [*arguments, "--workers=2"], two)
+    assert end == code and says in err and "Traceback" not in err
     assert not out.exists() and work.is_dir()
     with pytest.raises(FileNotFoundError, match=r"has not finished, run: python prepare_data\.py"):
         ShardReader(out, "train", 8)
     run_script(*arguments)
-    assert not work.exists() and sorted(snapshot(out)) == sorted(snapshot(tmp_path / "calm"))
-    for name, data in snapshot(out).items():
-        assert name == "meta.json" or data == (tmp_path / "calm" / name).read_bytes()
+    assert snapshot(out) == snapshot(tmp_path / "calm") and not work.exists()
 
 
 def test_finished_parts_are_kept(tmp_path, out, parts):
@@ -1010,34 +968,24 @@ def killed(*_):
 
 
 @pytest.mark.parametrize(
-    "damage", ["shard gone", "shard cut", "input changed", "state garbage", "settings changed"])
+    "damage", ["shard gone", "shard cut", "input changed", "settings changed"])
 def test_resume_distrusts(tmp_path, out, monkeypatch, parts, damage):
     """Whatever happened to the unfinished folder, the result is that of an undisturbed run."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_data.Preparation, "finish", killed)  # when all parts are done
         make(parts, out)
     work = tmp_path / "out.unfinished"
+    shard = work / "train_000001.bin"
     if damage == "shard gone":
-        (work / "train_000001.bin").unlink()
+        shard.unlink()
     elif damage == "shard cut":
-        write(work / "train_000001.bin", (work / "train_000001.bin").read_bytes()[:-2])
+        write(shard, shard.read_bytes()[:-2])
     elif damage == "input changed":
         write(parts / "1.jsonl", jsonl([*DOCUMENTS[1::4], "one more"]))
-    elif damage == "state garbage":
-        write(work / "state.json", "{")
     size = 5000 if damage == "settings changed" else 10**8  # then other shards stand in the way
     for folder in ("out", "calm"):
         make(parts, tmp_path / folder, shard_tokens=size)
     assert snapshot(out) == snapshot(tmp_path / "calm") and not work.exists()
-
-
-def test_interrupt_is_one_line(tmp_path, out):
-    source = write(tmp_path / "a.jsonl", jsonl(DOCUMENTS * 200))
-    arguments = out, source, "--workers=2", "--shard_tokens=1e5"
-    a_shard = lambda: list(tmp_path.glob("out.unfinished/*.bin"))
-    code, err = stopped(signal.SIGINT, arguments, a_shard)
-    assert "interrupted: the same command goes on from here" in err
-    assert code == 130 and "Traceback" not in err
 
 
 def test_full_disk_is_one_line(tmp_path, out):
@@ -1051,16 +999,6 @@ def test_full_disk_is_one_line(tmp_path, out):
     make(source, out)
 
 
-def test_linked_temporary_file_is_not_followed(tmp_path):
-    precious = write(tmp_path / "precious", "precious")
-    (tmp_path / "train_000000.bin.tmp").symlink_to(precious)
-    shards(tmp_path, np.arange(9))
-    assert Path(precious).read_text() == "precious"
-    assert not (tmp_path / "train_000000.bin").is_symlink()
-    assert ShardReader(tmp_path, "train", 8).n_tokens == 9
-    assert sorted(snapshot(tmp_path)) == ["meta.json", "precious", "train_000000.bin"]
-
-
 def test_missing_extra_is_one_line(tmp_path, out):
     write(tmp_path / "fake" / "pyarrow.py", "raise ImportError")
     source = write(tmp_path / "a.parquet", parquet(["a"]))
@@ -1070,7 +1008,7 @@ def test_missing_extra_is_one_line(tmp_path, out):
 
 @pytest.mark.parametrize("arguments, line", [
     ([], "name a source: stdlib, packages, fineweb"),
-    (["stdlbi"], "no source 'stdlbi'"),
+    (["stdlbi"], "no source 'stdlbi': stdlib, packages, fineweb"),
     (["stdlib", "--max_tokns=3"], "did you mean --max_tokens?"),
     (["stdlib", "--val_fraction=1"], "must lie between 0 and 1"),
     (["stdlib", "--max_tokens=0"], "at least 1"),
@@ -1102,7 +1040,7 @@ def test_fifo_is_refused(tmp_path, out):
 @pytest.mark.parametrize("state", [
     *({"shards": {name: {"tokens": 0, "sha256": ""}}}
       for name in ("../../precious_train_1.bin", "../train_000000.bin", "/etc/passwd")),
-    "[]", "null", "[" * 100_000, '{"settings": 1, "parts": 2}', {"parts": 3}, {"parts": [4]},
+    "{", "[]", "null", "[" * 100_000, '{"settings": 1, "parts": 2}', {"parts": 3}, {"parts": [4]},
     {"parts": [{"files": 5}]},
     {"shards": 6}, {"shards": {"train_000000.bin": 7}}, {"documents": "8"}, {"documents": None}])
 def test_state_that_is_not_believed(tmp_path, out, state, source):
@@ -1167,15 +1105,15 @@ def downloads(hub):
             if method == "GET" and "/resolve/" in path]
 
 
-def test_fineweb(tmp_path, out, gpt2):
+def test_fineweb(tmp_path, out):
     files = fineweb() | {"sample/100BT/000_00000.parquet": b"not asked for", "README.md": b"#"}
     with HubServer(files) as hub:
         printed, _ = run_script(out, "fineweb", "--workers=1", "--val_fraction=0.05", **hub.env)
         assert sorted(downloads(hub)) == [f"{i:03d}_00000.parquet" for i in range(3)]
     order = [text for i in range(3) for text in DOCUMENTS[i::3]]
     held_out = [text for text in order if is_validation(text, 0.05)]
-    assert documents_of(out, "val", gpt2) == held_out
-    assert documents_of(out, "train", gpt2) == [text for text in order if text not in held_out]
+    assert documents_of(out, "val", GPT2) == held_out
+    assert documents_of(out, "train", GPT2) == [text for text in order if text not in held_out]
     meta = load_meta(out)
     assert (meta["tokenizer"], meta["source"], meta["documents"]) == ("gpt2", "fineweb", 320)
     # no raw file stays
@@ -1203,7 +1141,7 @@ def pretokenized():
             for split, i in [("train", 1), ("train", 2), ("train", 3), ("val", 0)]}
 
 
-def test_pretokenized(tmp_path, gpt2):
+def test_pretokenized(tmp_path):
     files = pretokenized()
     with HubServer(files | {"README.md": b"#"}) as hub:
         run_script(tmp_path / "all", "pretokenized", **hub.env)
@@ -1218,8 +1156,7 @@ def test_pretokenized(tmp_path, gpt2):
 
 def test_pretokenized_of_another_format_is_refused(out):
     with HubServer(pretokenized() | {"fineweb_train_000002.bin": b"x" * 5000}) as hub:
-        env = hub.env | {"TIKTOKEN_CACHE_DIR": gpt2_cache()}
-        _, err = run_script(out, "pretokenized", check=2, **env)
+        _, err = run_script(out, "pretokenized", check=2, **hub.env)
     assert "fineweb_train_000002.bin: not a token shard" in err and not out.exists()
 
 
@@ -1266,23 +1203,7 @@ def test_hub_dry_run(tmp_path, out):
 
 
 @pytest.mark.slow
-def test_soak_of_kills(tmp_path, out, gpt2):
-    """Killed with -9 at 12 random moments, in downloads and between shards: the same bytes."""
-    files, rng = fineweb(6), np.random.default_rng(0)
-    arguments = ["fineweb", "--workers=2", "--shard_tokens=20000", "--val_fraction=0.05"]
-    with HubServer(files, seconds_per_chunk=0.05) as hub:
-        run_script(tmp_path / "calm", *arguments, **hub.env)
-        for delay in rng.uniform(0.5, 5, 12):
-            process = run_script(out, *arguments, wait=False, **hub.env)
-            time.sleep(delay)
-            process.kill()
-            process.communicate()
-        run_script(out, *arguments, **hub.env)
-    assert snapshot(out) == snapshot(tmp_path / "calm")
-
-
-@pytest.mark.slow
-def test_throughput(tmp_path, out, gpt2, capsys):
+def test_throughput(tmp_path, out, capsys):
     """CPU seconds of a preparation against bare tiktoken on the same text, in turn.
 
     At least 90 % on an idle machine; the assertion leaves room for a busy one.
@@ -1301,11 +1222,11 @@ def test_throughput(tmp_path, out, gpt2, capsys):
         make(tmp_path / name, out, tokenizer="gpt2", workers=2, overwrite=True)
         spent[name].append(seconds() - begin)
         begin = seconds()
-        gpt2.encoding.encode_ordinary_batch(documents, num_threads=2)
+        GPT2.encoding.encode_ordinary_batch(documents, num_threads=2)
         spent["bare"].append(seconds() - begin)
-    median = {name: float(np.median(values)) for name, values in spent.items()}
     for name in ("all.parquet", "all.jsonl.zst"):
-        ratio = median["bare"] / (median[name] - median["nothing.jsonl"])
+        ours = np.median(spent[name]) - np.median(spent["nothing.jsonl"])
+        ratio = np.median(spent["bare"]) / ours
         with capsys.disabled():
             print(f"\n{name}: {ratio:.0%} of bare tiktoken", end="")
         assert ratio > 0.8

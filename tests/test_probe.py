@@ -1,8 +1,4 @@
-"""probe.py: it changes what it says, uniformly, and nothing for good; its counts are done by hand.
-
-  1. rerouting transformers' models    3. infmoe's codes            5. use, overlap, pathways
-  2. the draw itself                   4. the random-router probe   6. samples, 7. files, commands
-"""
+"""probe.py: it changes what it says, uniformly, and nothing for good; it counts as by hand."""
 import collections
 import itertools
 import json
@@ -11,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from probe_helpers import (
@@ -28,7 +24,7 @@ from probe_helpers import (
     text_shards,
     tokens,
 )
-from train_helpers import call, refused
+from train_helpers import ROOT, call, refused
 
 import losses
 import moe
@@ -47,9 +43,6 @@ OURS = {
     "unipool": dict(arch="llama", flavour="unipool", n_experts=12, top_k=2, n_layer=4),
     "infmoe": dict(arch="llama", flavour="infmoe", infmoe_dz=8, n_layer=4),
 }
-ROOT = Path(__file__).resolve().parent.parent
-# Upper 0.1 % points of chi-square by degrees of freedom.
-CHI_SQUARE = {3: 16.27, 5: 20.52, 14: 36.12, 35: 66.62}
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +66,9 @@ def chosen(routing, none):
     return [[e if gate else none for e, gate in zip(*pair)] for pair in pairs]
 
 
-def chi_square(counts):
-    counts = np.asarray(list(counts), dtype=float)
-    return float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+def uniform(counts):
+    """No chi-square test at 0.1 % speaks against it."""
+    return scipy.stats.chisquare(list(counts)).pvalue > 1e-3
 
 
 def hooks_of(model):
@@ -119,7 +112,7 @@ def test_one_layer_of_every_family(family, tmp_path, data):
             continue
         assert not torch.equal(ids, own[2]) and (ids[:, 0] != ids[:, 1]).all()
         assert ids.min() >= 0 and ids.max() < 6
-        assert chi_square(torch.bincount(ids.flatten(), minlength=6)) < CHI_SQUARE[5]
+        assert uniform(torch.bincount(ids.flatten(), minlength=6))
     assert not torch.equal(changed, before)
     assert torch.equal(model(x).logits, before) and hooks_of(model) == 0
     check_replayed(subject, chosen)
@@ -196,20 +189,21 @@ def draw(how="random", n=6, k=2, size=6000, seed=0, among=None, gates="learned",
 
 def test_uniform_over_sets_and_order():
     _, new = draw()
-    assert chi_square(torch.bincount(new.ids.flatten(), minlength=6)) < CHI_SQUARE[5]
+    assert uniform(torch.bincount(new.ids.flatten(), minlength=6))
     pairs = collections.Counter(tuple(sorted(pair)) for pair in new.ids.tolist())
     # all pairs, none twice the same
-    assert len(pairs) == 15 and chi_square(pairs.values()) < CHI_SQUARE[14]
+    assert len(pairs) == 15 and uniform(pairs.values())
     ordered = torch.bincount((new.ids[:, 0] < new.ids[:, 1]).long(), minlength=2)
     # which gate goes to which is chance, too
     assert abs(ordered[0] - ordered[1]) < 4 * math.sqrt(6000)
+    every = draw(n=4, k=4)[1].ids
+    assert torch.equal(every.sort(-1).values, torch.arange(4).expand(6000, 4))
 
 
 def test_layers_and_seeds_are_independent():
     first = draw(k=1)[1].ids[:, 0]
     for other in (draw(k=1, seed=1), draw(k=1, index=4)):
-        joint = torch.bincount(first * 6 + other[1].ids[:, 0], minlength=36)
-        assert chi_square(joint) < CHI_SQUARE[35]
+        assert uniform(torch.bincount(first * 6 + other[1].ids[:, 0], minlength=36))
 
 
 def test_among_and_gates():
@@ -217,14 +211,9 @@ def test_among_and_gates():
     weights, new = draw(k=2, among=among, gates="uniform")
     assert set(new.ids.flatten().tolist()) == set(among.tolist())
     assert (new.ids[:, 0] != new.ids[:, 1]).all()
-    assert chi_square(torch.bincount(new.ids.flatten())[among]) < CHI_SQUARE[3]
+    assert uniform(torch.bincount(new.ids.flatten())[among])
     torch.testing.assert_close(new.weights, weights.mean(-1, keepdim=True).repeat(1, 2))
     assert torch.equal(draw()[0], draw()[1].weights)
-
-
-def test_all_experts_is_a_permutation():
-    new = draw(n=4, k=4)[1]
-    assert torch.equal(new.ids.sort(-1).values, torch.arange(4).expand(6000, 4))
 
 
 def test_hash_is_a_function_of_the_token():
@@ -232,7 +221,7 @@ def test_hash_is_a_function_of_the_token():
     new = draw(keys=ids)[1].ids
     table, pairs = {}, zip(ids.tolist(), new.tolist())
     assert all(table.setdefault(token, row) == row for token, row in pairs)
-    assert chi_square(np.bincount([row[0] for row in table.values()], minlength=6)) < CHI_SQUARE[5]
+    assert uniform(np.bincount([row[0] for row in table.values()], minlength=6))
 
 
 # ---- 3. infmoe: codes from N(0, I).
@@ -288,24 +277,12 @@ def test_results_do_not_depend_on_the_batch_and_nothing_stays(flavour, how):
     assert np.array_equal(probe.held_out(subject, ProbeConfig(batch_size=2)), before)
 
 
-def test_earlier_layers_see_nothing_of_it():
-    subject = subject_of(random_model(**OURS["unipool"]))
-    x = torch.tensor(subject.windows[:, :-1])
-    own = subject.model(x, return_routings=True).routings
-    with probe.rerouted(subject, [subject.layers[2]], "random"):
-        new = subject.model(x, return_routings=True).routings
-    assert all(torch.equal(new[k].ids, own[k].ids)
-               and torch.equal(new[k].weights, own[k].weights) for k in (0, 1))
-    assert torch.equal(new[2].weights, own[2].weights) and torch.equal(new[2].scores, own[2].scores)
-    assert not torch.equal(new[2].ids, own[2].ids)
-
-
 def test_layers_rerouted_together_draw_independently():
     subject = subject_of(random_model(**TOPK), tokens(100, CONTEXT + 1).numpy())
     with probe.rerouted(subject, subject.layers, "random"):
         routings = routings_of(subject)
     for a, b in itertools.combinations([r.ids[:, 0] for r in routings], 2):
-        assert chi_square(torch.bincount(a * 6 + b, minlength=36)) < CHI_SQUARE[35]
+        assert uniform(torch.bincount(a * 6 + b, minlength=36))
 
 
 @pytest.mark.parametrize("family", ["ours", "mixtral", "gpt_oss"])
@@ -570,11 +547,6 @@ def test_weights_that_are_no_numbers(tmp_path, data, monkeypatch, capsys):
     with pytest.raises(ValueError, match="JSON"):
         save("routing", {"rows": [math.nan]}, None)
     assert not (tmp_path / "y").exists()
-
-
-def test_benchmarks_are_imported_only_where_asked_for():
-    code = "import sys, probe; assert not [m for m in sys.modules if m.split('.')[0] == 'lab']"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_overlap_of_samples(tmp_path, data):

@@ -1,4 +1,5 @@
 """lab.reproduce: budgets that match, runs that resume, a report that records alone determine."""
+import itertools
 import json
 import math
 import signal
@@ -8,14 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-from train_helpers import environment, make_data, refused
+from train_helpers import ROOT, environment, make_data, refused
 
 import train
 from lab import claims, reproduce
 
-ROOT = Path(__file__).parent.parent
-REPRODUCE = [sys.executable, "-m", "lab.reproduce"]
 CONFIG = reproduce.ReproduceConfig()
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def model_config(name, size="cpu"):
@@ -78,7 +82,6 @@ def test_claims_name_runs_and_there_are_a_dozen():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """A working folder with a small corpus, and runs of 12 steps."""
-    monkeypatch.chdir(tmp_path)
     make_data(tmp_path / "data" / "words", n_train=20_001, n_val=3_000)
     size = dict(dataset="data/words", n_layer=4, n_head=2, d_model=16, d_ff=32, block_size=16,
                 batch_tokens=256, micro_batch=16, max_steps=12, warmup_steps=2, eval_every=4,
@@ -157,10 +160,7 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(tiny, monkeypatch):
 
 
 def test_a_run_that_diverges_has_learnt_nothing(tiny, monkeypatch):
-    def diverges(run, step):
-        return math.nan, 0.0, 1.0, {}
-
-    monkeypatch.setattr(train, "train_step", diverges)
+    monkeypatch.setattr(train, "train_step", lambda run, step: (math.nan, 0.0, 1.0, {}))
     record = record_of("lr/dense/3", seed=101)
     assert record["val_loss"] == pytest.approx(math.log(257)) and "step 1" in record["diverged"]
 
@@ -227,21 +227,20 @@ def write_record(name, seed, loss, measures=None, **changed):
     reproduce.append_record(record | changed)
 
 
-def test_the_report_is_the_same_byte_for_byte(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_report_is_the_same_byte_for_byte():
+    at_k = {f"loss at K={k}": 2.0 - k / 10 for k in (1, 2, 4, 8)}
     for seed in range(1, 13):
         write_record("dense", seed, 2.0 + seed % 3 / 100)
         write_record("vanilla", seed, 1.9 + seed % 5 / 100)
         write_record("top2", seed, 1.5 + seed / 100)
         write_record("top2-sp-cp", seed, 1.5 + seed / 100 + seed % 2 / 1000)
-        write_record("gpt2-infmoe", seed, 1.5 + seed / 100, {
-            f"loss at K={k}": 2.0 - k / 10 for k in (1, 2, 4, 8)})
+        write_record("gpt2-infmoe", seed, 1.5 + seed / 100, at_k)
     for seed in (1, 2):
         write_record("unipool", seed, 1.8 + seed / 1000)
         write_record("unipool-normalised", seed, 1.9)
         write_record("vanilla@96x4", seed, 1.8)
         write_record("dense@96x4", seed, 1.85)
-    for k, seed in ((k, s) for k in (-2, -1, 0) for s in reproduce.SWEEP_SEEDS):
+    for k, seed in itertools.product((-2, -1, 0), reproduce.SWEEP_SEEDS):
         write_record(f"lr/dense/{k}", seed, 1.5 + 0.01 * (k + 1) ** 2)
     claims.report("cpu")
     files = {p.name: p.read_bytes() for p in Path("results").glob("claims*")}
@@ -260,8 +259,7 @@ def test_the_report_is_the_same_byte_for_byte(tmp_path, monkeypatch, capsys):
     assert "0.00M" in rows["`vanilla` - `dense`"]  # below zero from the first evaluation on
 
 
-def test_only_pairs_and_fixed_seeds_count(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_only_pairs_and_fixed_seeds_count():
     for seed in (1, 2, 3, 13):
         write_record("top2", seed, 1.5 + seed)
     for seed in (2, 3, 4, 13):
@@ -270,8 +268,7 @@ def test_only_pairs_and_fixed_seeds_count(tmp_path, monkeypatch):
     assert (left, right) == ([3.0, 4.0], [3.5, 4.5]) and d.mean == -0.5
 
 
-def test_records_of_other_settings_are_left_out_and_doubles_count_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_records_of_other_settings_are_left_out_and_doubles_count_once():
     write_record("dense", 1, 2.0)
     write_record("dense", 1, 3.0)
     write_record("dense", 2, 2.0, run="no such run")
@@ -285,9 +282,8 @@ def test_records_of_other_settings_are_left_out_and_doubles_count_once(tmp_path,
     b'{"run": "dense", "seed": 2', b"[]", b"1e999", bytes(range(11, 256)), b"[" * 100_000,
     {"settings": None}, {"val_loss": "2.0"}, {"val_loss": math.nan}, {"curve": ["abc"]}],
     ids=lambda d: str(d)[:20])
-def test_a_damaged_line_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys, damage):
+def test_a_damaged_line_is_named_and_the_others_go_on(capsys, damage):
     """A write that a kill cut short, too: the next record begins a line of its own."""
-    monkeypatch.chdir(tmp_path)
     write_record("dense", 1, 2.0)
     if isinstance(damage, dict):
         write_record("dense", 2, 2.0, **damage)
@@ -314,13 +310,11 @@ def test_committed_records_are_whole_and_the_report_is_theirs(monkeypatch, capsy
     (["--size=tpu"], "size=tpu"), (["--minutes=-1"], "minutes=-1"),
     (["--seeds=-1"], "seeds=(-1,)"), (["--seeds=101"], "seeds=(101,)"),
     (["--seeds=1.5"], "seeds=(1.5,)"), (["--seeds=a"], "seeds")])
-def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, words, message):
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_get_one_line(monkeypatch, capsys, words, message):
     assert message in refused(reproduce.main, words, monkeypatch, capsys)
 
 
-def test_list_shows_what_was_asked_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_list_shows_what_was_asked_for(capsys):
     write_record("unipool", 2, 1.0)
     reproduce.show_list(reproduce.ReproduceConfig(only="unipool,grid", seeds=(1, 2)))
     lines = capsys.readouterr().out.splitlines()
@@ -338,8 +332,8 @@ def test_a_killed_or_stopped_runner_leaves_nothing_wrong(tmp_path, number):
     """Real processes on the real size; a second one keeps off the run of the first."""
     make_data(tmp_path / "data" / "stdlib", n_train=200_001, n_val=70_000)
     start = lambda: subprocess.Popen(
-        [*REPRODUCE, "--only=dense", "--seeds=1"], cwd=tmp_path, env=environment(),
-        stderr=subprocess.PIPE, text=True)
+        [sys.executable, "-m", "lab.reproduce", "--only=dense", "--seeds=1"], cwd=tmp_path,
+        env=environment(), stderr=subprocess.PIPE, text=True)
     first, second = start(), start()
     while len(rows_of(tmp_path)) < 1:
         assert first.poll() is None and second.poll() is None
