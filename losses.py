@@ -132,7 +132,8 @@ def coupling_loss(scores: torch.Tensor, ids: torch.Tensor, next_scores: torch.Te
     if paths is None:
         return -(s.sum(-1) * n.sum(-1)).mean()
     w = paths.detach()[ids[:, :, None], next_ids[:, None, :]].to(s.dtype)  # (T, K, K)
-    return -torch.einsum("te,tev,tv->t", s, w, n).mean()
+    # products and sums, as autocast would run an einsum in bfloat16
+    return -(s[:, :, None] * w * n[:, None, :]).sum((1, 2)).mean()
 
 
 # --------------------------------------------------------------------------------------------------

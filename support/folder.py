@@ -92,7 +92,8 @@ def resumed(start, given, config):
     try:
         return type(config)(**(kept | given))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{config.out_dir}/ckpt.pt, train_config: {error}") from None
+        words = " ".join(str(error).split())  # a tensor there would take several lines
+        raise ValueError(f"{config.out_dir}/ckpt.pt, train_config: {words}") from None
 
 
 def load_weights(model, start, config):
@@ -126,7 +127,7 @@ def check_start(model_config, config, start):
     if start is not None:
         check_tokenizer(config, meta, start)
     if resume:
-        check_dataset(config, start["train_config"]["dataset"])
+        check_dataset(config, start["train_config"].get("dataset", config.dataset))
     if model_config.vocab_size < meta["vocab_size"]:
         raise ValueError(f"vocab_size={model_config.vocab_size} is less than the "
                          f"{meta['vocab_size']} of {config.dataset}")

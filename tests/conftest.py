@@ -24,3 +24,18 @@ def seeded():
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A tiny corpus, as prepare_data.py leaves one."""
+    from train_helpers import make_data  # here: most tests need no train.py
+    return make_data(tmp_path_factory.mktemp("corpus") / "data")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """train.py's main with a command line -> (exit code, stdout, stderr)"""
+    from train_helpers import call, train, train_command
+    return lambda data, out, flavour="dense", **changes: call(
+        train.main, train_command(data, out, flavour, **changes)[2:], monkeypatch, capsys)

@@ -98,11 +98,11 @@ def literal_kept(row, n):
 
 
 def literal_topn(rows, n):
-    expected = torch.zeros_like(rows)
-    for i, row in enumerate(rows.tolist()):
-        for j in literal_kept(row, n):
-            expected[i, j] = rows[i, j]
-    return expected
+    """The n largest entries of each row (F,), the rest zeros; n None: all of them."""
+    keep = torch.zeros(rows.shape, dtype=torch.bool)
+    for kept, row in zip(keep, rows.tolist()):
+        kept[literal_kept(row, n)] = True
+    return torch.where(keep.to(rows.device), rows, torch.zeros_like(rows))
 
 
 def literal_masked(x, z, w_in, w_out, w_z, n, activation):
@@ -110,11 +110,8 @@ def literal_masked(x, z, w_in, w_out, w_z, n, activation):
     ys = []
     for t in range(len(x)):
         y = 0
-        for k in range(z.shape[1]):
-            scores = w_z @ z[t, k]
-            mask = torch.zeros_like(scores)
-            mask[literal_kept(scores.tolist(), n)] = 1
-            y = y + w_out @ (mask * scores * literal_activation(w_in @ x[t], activation))
+        for mask in literal_topn(z[t] @ w_z.T, n):
+            y = y + w_out @ (mask * literal_activation(w_in @ x[t], activation))
         ys.append(y / z.shape[1])
     return torch.stack(ys)
 
@@ -168,7 +165,8 @@ def layers(backend):
 
 
 def compare_experts(case, backend, dtype, device="cpu"):
-    """Distances of y, (acts), and the gradients of x, weights, w_in, w_out from the loop's."""
+    """Distances of y, (acts), and the gradients of x, weights, w_in, w_out from the loop's. Those
+    of experts that no token chose are exact zeros."""
     *shape, activation, ids, keep = case
     inputs = expert_inputs(*shape, activation, ids, dtype, device)
     exact = [a.detach().double().requires_grad_() if a.requires_grad else a for a in inputs]
@@ -177,6 +175,8 @@ def compare_experts(case, backend, dtype, device="cpu"):
     layer = partial(layers(backend)[0], *inputs, activation, keep_activations=keep)
     loop = lambda: literal_experts(*exact, activation)[: 1 + keep]
     ours = outputs_and_gradients(layer, leaves)
+    idle = sorted(set(range(shape[3])) - set(inputs[2].flatten().tolist()))
+    assert not any(of_experts[idle].any() for of_experts in ours[-2:])
     return distances(ours, outputs_and_gradients(loop, exact_leaves))
 
 

@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 import torch
-from kernel_helpers import literal_activation
+from kernel_helpers import literal_activation, literal_experts, literal_topn
 
 import losses
 import moe
@@ -133,25 +133,13 @@ def train(model, steps, batch=8, lr=1e-2, first=0):
 
 def literal_moe(x, layer, bank, token_ids=None):
     """sum_k gate_k W_out act(W_in x) + always-on experts: token by token, choice by choice."""
-    routing, rows, kept = layer.router(x, None, token_ids), [], []
-    for t in range(len(x)):
-        y, acts = torch.zeros_like(x[t]), []
-        for gate, e in zip(routing.weights[t], routing.ids[t].tolist()):
-            acts.append(literal_activation(bank.w_in[e] @ x[t], bank.activation))
-            y = y + gate * (bank.w_out[e] @ acts[-1])
-        if layer.shared is not None:
-            always = literal_activation(layer.shared.w_in.weight @ x[t], bank.activation)
-            y = y + layer.shared.w_out.weight @ always
-        rows, kept = rows + [y], kept + [torch.stack(acts)]
-    return torch.stack(rows), torch.stack(kept)
-
-
-def literal_mask(scores, n_keep):
-    """Exactly n_keep raw values of a row (F,), the largest, ties to the lowest index."""
-    kept = sorted(range(len(scores)), key=lambda j: (-scores[j].item(), j))[:n_keep]
-    keep = torch.zeros(len(scores), dtype=torch.bool)
-    keep[kept] = True
-    return torch.where(keep, scores, torch.zeros_like(scores))
+    gates, ids, *_ = layer.router(x, None, token_ids)
+    y, acts = literal_experts(x, gates, ids, bank.w_in, bank.w_out, bank.activation)
+    if layer.shared is not None:
+        always = [literal_activation(layer.shared.w_in.weight @ token, bank.activation)
+                  for token in x]
+        y = y + torch.stack(always) @ layer.shared.w_out.weight.T
+    return y, acts
 
 
 def literal_hidden(pre, mask, bank):
@@ -174,7 +162,7 @@ def literal_continuous(x, codes, bank):
         for i, (w, code) in enumerate(zip(bank.w_in, codes)):
             if code is not None and (not bank.share_mask or mask is None):
                 z = code.z[t, k if code.z.shape[1] > 1 else 0]
-                mask = literal_mask(bank.w_z[str(i)] @ z, bank.n_keep[i])
+                mask, = literal_topn((bank.w_z[str(i)] @ z)[None], bank.n_keep[i])
             h = literal_hidden(w @ h, None if code is None else mask, bank)
         rows[t] = rows[t] + bank.w_out @ h / samples
     return torch.stack(rows)

@@ -127,10 +127,3 @@ def test_cheapest():
     assert of(8, 33) == "--shard=ep --recompute"
     assert of(8, 25) == "--shard=ep --micro_batch=4"
     assert of(1, 80) == of(7, 10) == "none: more GPUs"  # 7 divides no 192 experts
-
-
-def test_embeddings_that_are_looked_up_are_no_flops():
-    model_config, _ = memory.configured("llama_182m")
-    attention = 12 * 12 * 768 * 1024
-    multiplied = model_config.n_params() - 51200 * 768  # the head counts, its twin does not
-    assert budget.flops_per_token(model_config) == 6 * multiplied + attention

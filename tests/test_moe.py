@@ -5,25 +5,17 @@ line; transformers where it has the model.
   2. NormRouter's constant     5. infinity-MoE: routers          8. diagnostics
   3. routers with experts      6. infinity-MoE: the bank
 """
-import importlib
 import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_helpers import (
-    code_router,
-    initialise,
-    literal_activation,
-    literal_continuous,
-    literal_mask,
-    literal_moe,
-)
+from moe_helpers import code_router, initialise, literal_continuous
+from scipy import stats
 from torch import nn
 from torch.autograd import gradcheck
 
-import kernels
 import losses
 import moe
 from support import noise
@@ -75,7 +67,7 @@ LITERAL_SCORES = {
 @pytest.mark.parametrize("kind", moe.ROUTERS)
 @pytest.mark.parametrize("top_k", [1, 2, E])
 def test_every_router_gives_a_routing(kind, top_k):
-    """Shapes, finite gates and gradients, float32 for bfloat16, tokens that ignore each other."""
+    """Shapes, finite gates and gradients, float32 under autocast, tokens that ignore each other."""
     if (moe.ROUTERS[kind].max_top_k or E) < top_k:
         return
     router, x, token_ids = make(moe.ROUTERS[kind](D, E, top_k)), normal(T, D), torch.arange(T) * 37
@@ -94,8 +86,13 @@ def test_every_router_gives_a_routing(kind, top_k):
         assert all(g.isfinite().all() for g in grads) and (grads[1].any() or top_k == E)
     else:
         assert not list(router.parameters())
-    half = router.float()(x.detach().bfloat16(), None, token_ids)
-    assert half.weights.dtype == half.scores.dtype == half.logits.dtype == torch.float32
+    half = x.detach().bfloat16()
+    exact, router = router(half.double(), None, token_ids), router.float()
+    for given in (half, half.float()):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = router(given, None, token_ids)
+        assert found.weights.dtype == found.scores.dtype == found.logits.dtype == torch.float32
+        assert torch.equal(found.ids, exact.ids) and equal(found.logits, exact.logits.float(), 1e-5)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, E])
@@ -153,74 +150,38 @@ def test_router_gradients_are_finite_differences(kind, normalised):
     assert gradients_are_finite_differences(router, differentiable, x)
 
 
-@pytest.mark.parametrize("name, top_k, n_experts", [
-    ("mixtral", 2, 6), ("olmoe", 3, 6), ("olmoe_renormalised", 3, 6), ("qwen3_moe", 2, 5),
-    ("deepseek_v3", 3, 8),
-    ("mixtral", 1, 6),  # transformers renormalises one gate to 1; we do not, and the test says so
-])
-def test_router_and_experts_equal_transformers(name, top_k, n_experts):
-    """Logits, gates, chosen experts, output and its gradient in x, with the same weights."""
-    block = transformers_block(name, top_k, n_experts)
-    router_class = moe.SigmoidRouter if name == "deepseek_v3" else moe.SoftmaxRouter
-    router = router_class(16, n_experts, top_k, name != "olmoe" and top_k > 1,
-                          selection_bias=name == "deepseek_v3")
-    bank, shared = moe.ExpertBank(16, 12, n_experts, "swiglu"), None
+def test_router_and_experts_equal_deepseeks_in_transformers():
+    """Logits, gates, chosen experts, output and its gradient in x, with the same weights. (Mixtral,
+    OLMoE and Qwen3-MoE: whole models in test_hf.py.)"""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+    block = DeepseekV3MoE(transformers.DeepseekV3Config(
+        hidden_size=16, num_experts_per_tok=3, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=12, moe_intermediate_size=12, norm_topk_prob=True, n_routed_experts=8,
+        n_shared_experts=2, n_group=1, topk_group=1, routed_scaling_factor=1.0))
+    for p in (*block.parameters(), block.gate.e_score_correction_bias):
+        nn.init.normal_(p, std=0.5)
+    router = moe.SigmoidRouter(16, 8, 3, True, selection_bias=True)
+    bank, shared = moe.ExpertBank(16, 12, 8, "swiglu"), moe.FFN(16, 2 * 12, "swiglu")
+    theirs = block.shared_experts
     with torch.no_grad():
-        for p in block.parameters():
-            p.copy_(torch.randn_like(p) * 0.5)
         router.weight.copy_(block.gate.weight)
+        router.bias.copy_(block.gate.e_score_correction_bias)
         bank.w_in.copy_(block.experts.gate_up_proj)
         bank.w_out.copy_(block.experts.down_proj)
-        if name == "deepseek_v3":
-            block.gate.e_score_correction_bias.copy_(torch.randn(n_experts) * 0.3)
-            router.bias.copy_(block.gate.e_score_correction_bias)
-            shared = moe.FFN(16, 2 * 12, "swiglu")
-            theirs = block.shared_experts
-            shared.w_in.weight.copy_(torch.cat((theirs.gate_proj.weight, theirs.up_proj.weight)))
-            shared.w_out.weight.copy_(theirs.down_proj.weight)
+        shared.w_in.weight.copy_(torch.cat((theirs.gate_proj.weight, theirs.up_proj.weight)))
+        shared.w_out.weight.copy_(theirs.down_proj.weight)
     x = torch.randn(1, 33, 16, requires_grad=True)
     logits, gates, ids = block.gate(x)
     routing = router(x[0])
-    assert torch.allclose(routing.logits, logits.view(33, -1), atol=1e-5)
-    order, our_order = ids.argsort(-1), routing.ids.argsort(-1)  # DeepSeek's are unsorted there
+    assert equal(routing.logits, logits.view(33, -1), atol=1e-5)
+    order, our_order = ids.argsort(-1), routing.ids.argsort(-1)  # theirs are unsorted
     assert torch.equal(routing.ids.gather(1, our_order), ids.gather(1, order))
-    if top_k == 1:
-        assert (gates == 1).all() and (routing.weights < 1).all()
-        return
     assert equal(routing.weights.gather(1, our_order), gates.gather(1, order), atol=1e-5)
     y, expected = moe.MoE(router, bank, shared)(x[0])[0], block(x)[0]
     direction = torch.randn(33, 16)
-    ours, theirs = (gradients((out * direction).sum(), [x])[0] for out in (y, expected))
-    assert equal(y, expected, atol=1e-4) and equal(ours, theirs, atol=1e-4)
-
-
-def transformers_block(name, top_k, n_experts):
-    """Every family reads the names it knows."""
-    transformers = pytest.importorskip("transformers")
-    family, more, block = name.removesuffix("_renormalised"), {}, "SparseMoeBlock"
-    prefix = {"qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3"}.get(family, family.title())
-    n = "num_local_experts" if family == "mixtral" else "num_experts"
-    if family == "deepseek_v3":
-        n, block = "n_routed_experts", "MoE"
-        more = dict(n_shared_experts=2, n_group=1, topk_group=1, routed_scaling_factor=1.0)
-    config = getattr(transformers, f"{prefix}Config")(
-        hidden_size=16, num_experts_per_tok=top_k, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=12, moe_intermediate_size=12, norm_topk_prob=name != "olmoe",
-        **{n: n_experts}, **more)
-    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    return getattr(modeling, prefix + block)(config)
-
-
-def test_routing_is_done_in_float32_under_autocast():
-    """Logits that differ by less than bfloat16's eight bits: only float32 tells them apart."""
-    router = moe.SoftmaxRouter(D, 2, 1)
-    with torch.no_grad():
-        router.weight.copy_(torch.tensor([[1.0] * D, [1.0 + 2e-4] * D]))
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            routing = router(torch.full((3, D), 2.0, dtype=dtype))
-        assert routing.logits.dtype == torch.float32
-        assert routing.ids.flatten().tolist() == [1, 1, 1]
+    ours, literal = (gradients((out * direction).sum(), [x])[0] for out in (y, expected))
+    assert equal(y, expected, atol=1e-4) and equal(ours, literal, atol=1e-4)
 
 
 def test_selection_bias_moves_against_the_load():
@@ -264,13 +225,11 @@ def test_norm_router_constant_by_a_literal_loop():
 def test_norm_router_constant_is_finite_fixed_and_cached():
     # one expert: relu(g/|g|) is 1 or 0, and the zeros are left out
     assert moe.norm_router_constant(1, 1) == pytest.approx(1.0)
-    assert math.isfinite(moe.norm_router_constant(8, 1))  # infinite in the official code
     first = moe.norm_router_constant(8, 1)
+    assert math.isfinite(first)  # infinite in the official code
     moe.norm_router_constant.cache_clear()
-    torch.manual_seed(5)
-    assert moe.norm_router_constant(8, 1) == first  # another seed of torch changes nothing
-    assert moe.norm_router_constant.cache_info().hits == 0
-    assert moe.norm_router_constant(8, 1) == first
+    torch.manual_seed(5)  # another seed of torch changes nothing
+    assert moe.norm_router_constant(8, 1) == moe.norm_router_constant(8, 1) == first
     assert moe.norm_router_constant.cache_info().hits == 1
 
 
@@ -298,35 +257,6 @@ def test_norm_router_survives_tokens_without_positive_logits(logits):
 
 # ---- 3. Router, experts, shared experts: the whole layer as a loop over tokens.
 
-@pytest.mark.parametrize("backend", ["loop", "grouped", "auto"])
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("kind, top_k, n_experts, tokens, n_shared", [
-    ("softmax", 1, 6, 7, 0),   # Switch
-    ("softmax", 3, 7, 11, 0),  # a prime number of experts
-    ("sigmoid", 2, 6, 7, 2),   # DeepSeek: two always-on experts
-    ("norm", 5, 5, 1, 1),      # K = E, one token
-    ("norm", 1, 13, 3, 0),     # more experts than tokens: most are idle
-])
-def test_moe_layer_is_the_literal_sum(backend, activation, kind, top_k, n_experts, tokens,
-                                      n_shared):
-    router = make(moe.ROUTERS[kind](D, n_experts, top_k, kind != "norm" and top_k > 1))
-    bank = make(moe.ExpertBank(D, WIDTH, n_experts, activation, backend))
-    shared = make(moe.FFN(D, n_shared * WIDTH, activation)) if n_shared else None
-    layer, x = moe.MoE(router, bank, shared), normal(tokens, D).requires_grad_()
-    y, routing, acts = layer(x, keep_activations=True)
-    expected, expected_acts = literal_moe(x, layer, bank)
-    assert equal(y, expected) and equal(acts, expected_acts)
-    assert equal(layer(x)[0], y, 1e-14) and layer(x)[2] is None  # activations only when asked for
-    of_y, of_acts = normal(*y.shape, seed=4), normal(*acts.shape, seed=5)
-    ours, literal = (gradients((a * of_y).sum() + (b * of_acts).sum(), [x, *layer.parameters()])
-                     for a, b in ((y, acts), (expected, expected_acts)))
-    idle = [e for e in range(n_experts) if not (routing.ids == e).any()]
-    for name, a, b in zip(("x", *dict(layer.named_parameters())), ours, literal):
-        assert equal(a, b, 1e-11), name
-        if name.startswith("bank"):
-            assert not a[idle].any()  # exact zeros, whatever the memory held
-
-
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("kind", moe.BANKS)
 def test_every_bank_is_a_sum_over_the_chosen_experts(kind, activation):
@@ -349,48 +279,25 @@ def test_every_bank_is_a_sum_over_the_chosen_experts(kind, activation):
     assert 0 < bank.n_active(1) < bank.n_active(2) <= bank.n_active(E) == stored
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_shared_experts_are_the_sum_of_single_ones(activation):
-    """n always-on experts are one FFN of n times the width: block by block the same numbers."""
-    wide, x, total = make(moe.FFN(D, 2 * WIDTH, activation)), normal(T, D), 0
-    for rows in torch.arange(2 * WIDTH).split(WIDTH):
-        rows_in = rows if activation == "gelu" else torch.cat((rows, rows + 2 * WIDTH))
-        h = [literal_activation(r, activation) for r in F.linear(x, wide.w_in.weight[rows_in])]
-        total = total + F.linear(torch.stack(h), wide.w_out.weight[:, rows])
-    assert equal(wide(x), total)
-
-
 # ---- 4. Noise: a pure function that looks like a standard normal.
 
-def kolmogorov_smirnov(samples, cdf):
-    """sqrt(n) * max |empirical distribution - cdf|; above 1.95 with probability 1e-3."""
-    x = samples.double().sort().values
-    n = len(x)
-    expected, steps = cdf(x), torch.arange(n + 1, dtype=torch.float64) / n
-    return math.sqrt(n) * torch.maximum(steps[1:] - expected, expected - steps[:-1]).max().item()
+def likelihood(samples, distribution):
+    """How likely numbers so far from it are (Kolmogorov and Smirnov)."""
+    return stats.kstest(samples.numpy(), distribution, method="asymp").pvalue
 
 
-def correlation(a, b):
-    a, b = (v.double() - v.double().mean() for v in (a, b))
-    return ((a * b).sum() / (a.norm() * b.norm())).item() * math.sqrt(len(a))  # in standard errors
+def uncorrelated(a, b):
+    return stats.pearsonr(a.double(), b.double()).pvalue > 6e-5  # four standard errors
 
 
 KEYS = noise.noise_seeds(torch.arange(64) + 1000, torch.arange(64))  # 64 sequences of 64 positions
-
-
-def test_kolmogorov_smirnov_can_fail():
-    """Right for normal numbers, far off for a shift of 0.1, a scale of 1.2, a uniform."""
-    g = normal(4096)
-    assert kolmogorov_smirnov(g, torch.special.ndtr) < 1.95
-    for wrong in (g + 0.1, 1.2 * g, torch.rand(4096) * 3.4 - 1.7):
-        assert kolmogorov_smirnov(wrong, torch.special.ndtr) > 1.95
 
 
 def test_uniform_noise_is_uniform():
     u = noise.uniform_noise(KEYS, 3, 16)
     # log(u), log(-log(u)) are finite
     assert u.shape == (4096, 16) and u.dtype == torch.float32 and u.min() > 0 and u.max() < 1
-    assert kolmogorov_smirnov(u.flatten(), lambda x: x) < 1.95
+    assert likelihood(u.flatten(), "uniform") > 1e-3
     for bit in range(1, 9):  # the leading bits, each a fair coin
         ones = ((u * 2**bit).long() & 1).double().mean().item()
         assert abs(ones - 0.5) * 2 * math.sqrt(u.numel()) < 4
@@ -411,12 +318,12 @@ def test_uniform_noise_stays_below_one():
 def test_normal_noise_is_standard_normal(n):
     g = noise.normal_noise(KEYS, 5, n)
     assert g.shape == (4096, n) and g.isfinite().all()
-    flat, count = g.flatten().double(), g.numel()
+    flat = g.flatten().double()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert abs((flat**power).mean().item() - moment) < 4 * math.sqrt(variance / count)
-    assert kolmogorov_smirnov(flat, torch.special.ndtr) < 1.95
-    for column in g.unbind(1):
-        assert kolmogorov_smirnov(column, torch.special.ndtr) < 2.2
+        error = (flat**power).mean().item() - moment
+        assert abs(error) < 4 * math.sqrt(variance / g.numel())
+    assert likelihood(flat, "norm") > 1e-3
+    assert all(likelihood(column, "norm") > 1e-4 for column in g.unbind(1))
 
 
 def test_noise_is_independent_over_keys_positions_streams_and_components():
@@ -434,8 +341,7 @@ def test_noise_is_independent_over_keys_positions_streams_and_components():
         "key against position": (grid[:-1, 1:].flatten(), grid[1:, :-1].flatten()),
     }
     for name, (a, b) in pairs.items():
-        assert abs(correlation(a, b)) < 4, name
-        assert abs(correlation(a**2, b**2)) < 4, name  # independent, not only uncorrelated
+        assert uncorrelated(a, b) and uncorrelated(a**2, b**2), name  # independent, too
     for values in (KEYS, g.flatten()):
         assert values.unique().numel() > 0.99 * values.numel()  # no two tokens share their noise
 
@@ -446,8 +352,7 @@ def test_noise_is_independent_over_keys_positions_streams_and_components():
 def test_all_64_bits_of_a_key_count(first, second):
     a, b = (noise.noise_seeds(torch.tensor([key]), torch.arange(512)) for key in (first, second))
     assert (a == b).double().mean() < 0.01
-    assert abs(correlation(noise.normal_noise(a, 0, 4).flatten(),
-                           noise.normal_noise(b, 0, 4).flatten())) < 4
+    assert uncorrelated(*(noise.normal_noise(keys, 0, 4).flatten() for keys in (a, b)))
 
 
 def test_noise_is_a_pure_function_of_its_keys():
@@ -484,12 +389,15 @@ def gaussian(**options):
     return make(moe.GaussianRouter(D, DZ, SAMPLES, **{"stream": 2, **options}))
 
 
-def test_gaussian_router_is_the_reparameterised_formula():
+@pytest.mark.parametrize("d_hidden", [0, 6])
+def test_gaussian_router_is_the_reparameterised_formula(d_hidden):
     """z = mu + exp(logvar / 2) * eps, number by number; sample k has noise k*dz to k*dz + dz."""
-    router, x, keys = gaussian(), normal(T, D), torch.arange(T)
+    router, x, keys = gaussian(d_hidden=d_hidden), normal(T, D), torch.arange(T)
     codes = router(x[:, None], keys)
     eps = noise.normal_noise(keys, 2 * 2, SAMPLES * DZ).double()
     assert codes.z.shape == (T, SAMPLES, DZ) and codes.mu.shape == codes.logvar.shape == (T, 1, DZ)
+    if d_hidden:
+        x = F.silu(x @ router.hidden.weight.T + router.hidden.bias)
     for t, k, c in itertools.product(range(T), range(SAMPLES), range(DZ)):
         mu = (router.mu.weight[c] @ x[t] + router.mu.bias[c]).item()
         logvar = (router.logvar.weight[c] @ x[t] + router.logvar.bias[c]).item()
@@ -507,20 +415,6 @@ def test_gaussian_router_starts_at_the_identity_and_clamps():
         nn.init.constant_(router.logvar.bias, bias)
         codes = router(normal(T, 1, D).float(), torch.arange(T))
         assert (codes.logvar == clamped).all() and codes.z.isfinite().all()
-
-
-def test_gaussian_router_hidden_layer():
-    router, x = gaussian(d_hidden=6), normal(T, D)
-    mu = router.mu(F.silu(x @ router.hidden.weight.T + router.hidden.bias))
-    assert equal(router(x[:, None], torch.arange(T)).mu[:, 0], mu)
-
-
-def test_gaussian_router_mean_needs_no_noise_and_no_sigma():
-    router, x = gaussian(mean=True), normal(T, 1, D)
-    codes, other = router(x, torch.arange(T)), router(x, torch.arange(T) + 99)
-    assert torch.equal(codes.z, codes.mu) and torch.equal(codes.z, other.z)
-    assert codes.z.shape == (T, 1, DZ) and not codes.logvar.exp().any()
-    assert router.logvar is None and "logvar.weight" not in router.state_dict()
 
 
 @pytest.mark.parametrize("options", [dict(), dict(d_hidden=6), dict(n_components=3),
@@ -552,7 +446,7 @@ def test_mixture_draws_components_with_their_probabilities():
     for c, p in enumerate((0.2, 0.3, 0.5)):
         assert abs((component == c).double().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / n)
     residual = ((codes.z - codes.mu) / (codes.logvar / 2).exp()).flatten()  # has noise of its own
-    assert kolmogorov_smirnov(residual, torch.special.ndtr) < 1.95
+    assert likelihood(residual.detach(), "norm") > 1e-3
     several = moe.GaussianRouter(D, DZ, 5, n_components=3)
     several.load_state_dict(router.state_dict())
     picks = several.component(x[:1000], noise.hash32(torch.arange(1000)))  # one per sample
@@ -626,6 +520,7 @@ def test_code_router_dense_and_mean_layers(z):
     router, x, keys = codes_of(z, mean=True)
     for code in router(x, keys):
         assert torch.equal(code.z, code.mu) and code.z.shape == (T, 1, DZ)
+        assert not code.logvar.exp().any()
 
 
 # ---- 6. The continuous bank against K literal FFNs.
@@ -700,27 +595,6 @@ def test_number_of_kept_neurons(rate, width, n):
     assert moe.ContinuousBank(2, width, 2, (rate,), "gelu").n_keep == [n]
 
 
-@pytest.mark.parametrize("scores", [
-    [3.0, 1.0, 2.0, 0.0, -1.0], [1.0] * 5, [2.0, 2.0, 1.0, 2.0, 1.0],
-    [-1.0, -1.0, -2.0, -1.0, -3.0], [0.0, -0.0, 0.0, -0.0, 0.0],
-])
-@pytest.mark.parametrize("n", range(1, 6))
-def test_exactly_n_are_kept_ties_included(scores, n):
-    """Straight and through masks(): equal, negative (they stay so) and signed zero scores."""
-    row = torch.tensor(scores, dtype=torch.float64)
-    expected = literal_mask(row, n)
-    assert torch.equal(kernels.topn_mask(row[None], n)[0], expected)
-    bank = moe.ContinuousBank(D, 5, DZ, (n / 5,), "gelu").double()
-    with torch.no_grad():  # z = 1 in its first component, W_z's first column = the scores
-        bank.w_z["0"].zero_()
-        bank.w_z["0"][:, 0] = row
-    z = torch.eye(1, DZ, dtype=torch.float64).expand(T, SAMPLES, DZ)
-    codes = (moe.Codes(z, z, z),)
-    assert torch.equal(bank.masks(codes)[0], expected.expand(T, SAMPLES, 5))
-    (used, counts), = bank.usage(codes)
-    assert torch.equal(used[0, 0], row) and counts.sum() == T * SAMPLES * (expected != 0).sum()
-
-
 def test_bank_starts_with_mask_entries_of_unit_variance():
     torch.manual_seed(3)
     bank = moe.ContinuousBank(8, 512, 64, (0.25,), "gelu")
@@ -731,76 +605,43 @@ def test_bank_starts_with_mask_entries_of_unit_variance():
     assert bank.w_out.std().item() == pytest.approx(0.01, rel=0.1)
 
 
-def test_more_samples_lower_the_estimators_variance_as_one_over_k():
-    """Var of y over 400 noise keys: K = 1, 2, 4, 16 against 1/K, within 15 %; the mean stays."""
-    torch.manual_seed(2)
-    router = code_router(8, 8, 1, (0.25,))
-    initialise(router, 0.5)
-    bank = moe.ContinuousBank(8, 64, 8, (0.25,), "gelu")
-    bank.init_weights(0.5, 0.5)
-    tokens, draws = 2, 400
-    x = torch.randn(tokens, 1, 8).expand(tokens, draws, 8).reshape(-1, 8)
-    variance, means = {}, {}
-    with torch.no_grad():
-        for n in (1, 2, 4, 16):
-            router.densities["0"].n_samples = n
-            y = bank(x, router(x, noise.hash32(torch.arange(len(x)))))[0].view(tokens, draws, 8)
-            variance[n], means[n] = y.var(1).mean().item(), y.mean(1)
-    for n in (2, 4, 16):
-        assert variance[n] * n == pytest.approx(variance[1], rel=0.15)
-        error = (means[n] - means[1]).abs().mean().item()
-        assert error < 3 * math.sqrt(variance[1] / draws)
-
-
 # ---- 7. Losses: literal loops, cases by hand, gradients where they belong.
 
-def scores_and_counts(layers, n_experts=E, seed=9):
+def scores_and_counts(layers):
     """Random softmax scores (T, E) and counts of their top 2, for several layers."""
-    scores = [normal(T, n_experts, seed=seed + i).softmax(-1).requires_grad_()
-              for i in range(layers)]
-    return scores, [losses.expert_counts(s.topk(2, -1).indices, n_experts) for s in scores]
+    scores = [normal(T, E, seed=9 + i).softmax(-1).requires_grad_() for i in range(layers)]
+    return scores, [losses.expert_counts(s.topk(2, -1).indices, E) for s in scores]
 
 
-def test_pool_loss_is_the_double_loop():
-    """M * sum_i (mean_l f_i^l)(mean_l P_i^l), layer by layer, expert by expert."""
-    scores, counts = scores_and_counts(4)
+@pytest.mark.parametrize("layers", [1, 4])
+def test_pool_loss_is_the_double_loop(layers):
+    """M * sum_i (mean_l f_i^l)(mean_l P_i^l); of one layer it is Switch's."""
+    scores, counts = scores_and_counts(layers)
     total = 0
     for i in range(E):
-        f = sum(n[i].item() / n.sum().item() for n in counts) / 4
-        p = sum(s[t, i] for s in scores for t in range(T)) / T / 4
+        f = sum(n[i].item() / n.sum().item() for n in counts) / layers
+        p = sum(s[t, i] for s in scores for t in range(T)) / T / layers
         total = total + E * f * p
     # f is a share: counts of a global batch, 8 times as many tokens, give the same loss
-    loss, of_a_larger_batch = (moe.pool_loss(scores, [m * n for n in counts]) for m in (1, 8))
-    assert loss.item() == pytest.approx(total.item(), rel=1e-6)
-    assert of_a_larger_batch.item() == pytest.approx(loss.item())
-    for a, b in zip(gradients(loss, scores), gradients(total, scores)):
-        assert equal(a, b, 1e-7)  # counts are float32
-
-
-def test_layer_loss_is_switchs_and_no_special_case_of_several_layers():
-    scores, counts = scores_and_counts(2)
-    singles = [E * sum((n[i] / n.sum()).item() * s[:, i].mean().item() for i in range(E))
-               for s, n in zip(scores, counts)]
-    ours = [moe.load_balance_loss(s, n).item() for s, n in zip(scores, counts)]
-    assert ours == pytest.approx(singles, rel=1e-6)
-    # mean of products, product of means
-    assert moe.pool_loss(scores, counts).item() != pytest.approx(sum(singles) / 2, rel=1e-3)
+    ours = [moe.pool_loss(scores, [m * n for n in counts]) for m in (1, 8)]
+    if layers == 1:
+        ours.append(moe.load_balance_loss(scores[0], counts[0]))
+    for loss in ours:
+        assert loss.item() == pytest.approx(total.item(), rel=1e-6)
+        for a, b in zip(gradients(loss, scores), gradients(total, scores)):
+            assert equal(a, b, 1e-7)  # counts are float32
 
 
 def test_balanced_and_collapsed_by_hand():
-    even, first = torch.full((4,), 3.0), torch.tensor([12.0, 0, 0, 0])  # of 12 tokens
-    undecided, one_hot = torch.full((12, 4), 0.25), torch.eye(4).repeat(3, 1)
-    for scores, counts, expected in ((one_hot, even, 1), (undecided, first, 1),
-                                     (torch.eye(4)[:1].expand(12, 4), first, 4)):  # collapsed: E
-        assert moe.load_balance_loss(scores, counts).item() == pytest.approx(expected)
-    # two layers of a pool, each collapsed onto its own half: balanced, which no layer loss can say
+    """One expert for all costs E; layers of a pool, each collapsed onto its half, are balanced."""
+    collapsed = torch.eye(4)[:1].expand(12, 4), torch.tensor([12.0, 0, 0, 0])
+    assert moe.load_balance_loss(*collapsed).item() == pytest.approx(4)
     halves = [torch.tensor([[0.5, 0.5, 0, 0]]).expand(6, 4),
               torch.tensor([[0, 0, 0.5, 0.5]]).expand(6, 4)]
     counts = [torch.tensor([6.0, 6, 0, 0]), torch.tensor([0.0, 0, 6, 6])]
     assert moe.pool_loss(halves, counts).item() == pytest.approx(1)
-    for s, n in zip(halves, counts):
+    for s, n in zip(halves, counts):  # which no layer's loss can say
         assert moe.load_balance_loss(s, n).item() == pytest.approx(2)
-    assert moe.pool_loss([halves[0]] * 2, [counts[0]] * 2).item() == pytest.approx(2)
 
 
 @pytest.mark.parametrize("n_experts, expected", [(96, 15.75), (8, 2.64)])
@@ -851,20 +692,14 @@ def test_specialization_is_the_literal_loop(form, k):
     assert gradcheck(lambda a: moe.specialization_loss(a, form), a)
 
 
-def test_specialization_on_orthogonal_equal_and_opposite_activations():
-    x, y = torch.tensor([1.0, 0, 0]), torch.tensor([0, 2.0, 0])
-    cases = {"orthogonal": (x, y, 0, 0, 0), "equal": (x, 5 * x, 1, 1, 1),
-             "opposite": (x, -3 * x, 1, 1, -1),
-             "45 degrees": (x, x + y / 2, 0.5, math.sqrt(0.5), math.sqrt(0.5)),
-             "a silent expert": (x, 0 * x, 0, 0, 0)}
-    for name, (a, b, square, absolute, plain) in cases.items():
-        pair = torch.stack((a, b))[None].requires_grad_()
-        for form, expected in (("square", square), ("abs", absolute), ("plain", plain)):
-            loss = moe.specialization_loss(pair, form)
-            assert loss.item() == pytest.approx(expected, abs=1e-6), (name, form)
-            assert torch.autograd.grad(loss, pair)[0].isfinite().all(), (name, form)
+@pytest.mark.parametrize("form", ["square", "abs", "plain"])
+def test_specialization_of_a_silent_expert_and_of_a_single_one(form):
+    """Zeros are orthogonal to everything, and no NaN; one expert has nobody to differ from."""
+    pair = torch.tensor([[[1.0, 0, 0], [0, 0, 0]]]).requires_grad_()
+    loss = moe.specialization_loss(pair, form)
+    assert loss.item() == 0 and gradients(loss, [pair])[0].isfinite().all()
     with pytest.raises(ValueError, match="K >= 2"):
-        moe.specialization_loss(torch.ones(3, 1, 4))
+        moe.specialization_loss(torch.ones(3, 1, 4), form)
 
 
 def test_specialization_is_computed_in_float32():
@@ -906,18 +741,6 @@ def test_coupling_is_the_literal_loop(kind, weighted):
     assert gradcheck(lambda s, n: moe.coupling_loss(s, a.ids, n, b.ids, paths), (s, n))
 
 
-def test_coupling_by_hand():
-    """mass: minus the product of the two top-K masses; path: weighted by what usually follows."""
-    s = torch.tensor([[0.5, 0.3, 0.2]])
-    ids, following = torch.tensor([[0, 1]]), torch.tensor([[2, 0]])
-    paths = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])  # 0 -> 2, 1 -> 0, 2 -> 1
-    coupling = lambda a, b, *paths: moe.coupling_loss(a, ids, b, following, *paths).item()
-    assert coupling(s, s) == pytest.approx(-0.8 * 0.7)
-    assert coupling(7 * s, s / 3) == pytest.approx(-0.8 * 0.7)  # unnormalised scores
-    assert coupling(s, s, paths) == pytest.approx(-(0.5 * 0.2 + 0.3 * 0.5))
-    assert coupling(s, s, torch.full((3, 3), 1 / 3)) == pytest.approx(-0.8 * 0.7 / 3)
-
-
 def test_neuron_balance_is_the_literal_sum():
     """F * sum_j q_j mean_{x,k} softmax(W_z z)_j: even costs 1, one neuron for all costs F."""
     scores, width = normal(T, SAMPLES, 6).requires_grad_(), 6
@@ -933,21 +756,6 @@ def test_neuron_balance_is_the_literal_sum():
     first = torch.eye(6)[0]
     peaked = losses.neuron_balance_loss(50 * first.expand(T, 2, 6), 9 * first)
     assert even.item() == pytest.approx(1) and peaked.item() == pytest.approx(6)
-
-
-def test_losses_are_pure_functions():
-    """Twice the same value, inputs untouched, no grad mode needed: they may be imported."""
-    scores, counts = scores_and_counts(2)
-    ids, acts = scores[0].topk(2, -1).indices, normal(T, 2, WIDTH)
-    calls = [lambda: moe.pool_loss(scores, counts), lambda: moe.z_loss(scores[0]),
-             lambda: moe.specialization_loss(acts),
-             lambda: moe.coupling_loss(scores[0], ids, scores[1], ids)]
-    before = [t.detach().clone() for t in (*scores, *counts, ids, acts)]
-    for call in calls:
-        first = call()
-        with torch.no_grad():
-            assert torch.equal(call(), first)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*scores, *counts, ids, acts)))
 
 
 # ---- 8. Diagnostics, by hand.

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from probe_helpers import hf_model, random_model, save_checkpoint, text_shards, tokens
-from train_helpers import FLAVOURS, assert_refused, checkpoint, command_line  # noqa: F401
+from train_helpers import FLAVOURS, assert_refused, checkpoint
 
 from model import GPT, ModelConfig
 from support import upcycle

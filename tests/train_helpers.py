@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 import moe
@@ -127,13 +126,6 @@ def configs(data, out, flavour="dense", **changes):
 
 def tiny_run(data, out, flavour="dense", **changes):
     return train.train(*configs(data, out, flavour, **changes))
-
-
-@pytest.fixture(name="command")
-def command_line(monkeypatch, capsys):
-    """train.py's main with a command line -> (exit code, stdout, stderr)"""
-    return lambda data, out, flavour="dense", **changes: call(
-        train.main, train_command(data, out, flavour, **changes)[2:], monkeypatch, capsys)
 
 
 def call(main, words, monkeypatch, capsys):
