@@ -11,6 +11,8 @@ import pytest
 import torch
 from probe_helpers import hf_model
 
+from lab import drawing
+
 ROOT = Path(__file__).resolve().parent.parent
 TOUR = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/tour.md",
@@ -118,12 +120,17 @@ def test_readme_names_files_and_options_that_are_there():
 # ---- 2. The drawing
 
 
+def test_the_drawing_is_what_its_script_draws():
+    assert drawing.drawing() == drawing.TARGET.read_text(encoding="utf-8")
+
+
 def test_the_drawing_is_svg_in_colours_that_everybody_tells_apart():
-    text = (ROOT / "docs/ideas.svg").read_text(encoding="utf-8")
-    assert ElementTree.fromstring(text).tag.endswith("svg")
+    root = ElementTree.fromstring(drawing.drawing())
+    assert root.tag.endswith("svg")
     okabe_ito = {"#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
-    others = {"#1f2328", "#59636e", "#d1d9e0", "#f6f8fa", "#ffffff", "#fff4dc"}  # greys, cream
-    assert set(re.findall(r"#[0-9A-Fa-f]{6}", text)) <= okabe_ito | others
+    greys = {drawing.INK, drawing.GREY, drawing.PALE, drawing.PAPER, drawing.PANEL, "#fff4dc"}
+    used = set(re.findall(r"#[0-9A-Fa-f]{6}", drawing.drawing()))
+    assert used <= okabe_ito | greys
 
 
 # ---- 3. examples/transformers_losses.py
