@@ -157,30 +157,43 @@ def tell(trainer, row, bar, say, peak):
 
 
 class CollapseWatch:
-    """Says once of each layer (or pool) that its routing has collapsed: over 100 rows of the log,
-    three quarters of the experts got no token. Layers that share a pool are added up: each by
-    itself may be as peaked as it likes.
+    """Says once of each layer (or pool) that its routing has collapsed, after 100 rows of the log.
+
+    That is: in every one of them an expert took more than half of the tokens, or three quarters of
+    the experts got none in all of them. Layers that share a pool are added up: each by itself may
+    be as peaked as it likes. Where even routing gives an expert more than a quarter of the tokens
+    (K / E), half is no sign; neither is a busy neuron (infmoe), nor an expert of ReMoE, where half
+    of all begin above zero.
     """
 
     def __init__(self, model, say, rows=100):
         self.config, self.say, self.rows = model.config, say, rows
         self.router = next((layer.router for layer, _ in model.expert_layers()), None)
-        self.sums, self.seen, self.said = 0, 0, set()
+        self.sums, self.crowded, self.seen, self.said = 0, 0, 0, set()
 
     def __call__(self, stats):
         """stats: of one logged step, over all ranks."""
         if not stats:
             return
         c, counts = self.config, stats["counts"].cpu()  # (L, E), or a row for each infmoe mask
-        if c.pool_groups and c.n_experts:  # (G, layers of one, E) -> (G, E)
-            counts = counts.view(c.pool_groups, -1, counts.shape[-1]).sum(1)
-        self.sums, self.seen = self.sums + counts, self.seen + 1
-        if self.seen < self.rows:
-            return
-        for i, unused in enumerate((self.sums == 0).float().mean(-1).tolist()):
-            if unused >= 0.75:
-                self.warn(i, f"{unused:.0%} of the experts have had no token")
-        self.sums, self.seen = 0, 0
+        tokens = stats["tokens"].item()
+        if c.pool_groups and c.n_experts:
+            counts = counts.view(c.pool_groups, -1, counts.shape[-1])  # (G, layers of one, E)
+            tokens, counts = tokens * counts.shape[1], counts.sum(1)  # (G, E)
+        half = counts.amax(-1) > tokens / 2  # (banks,)
+        if not c.n_experts or 4 * c.top_k > c.n_experts or self.router.zero_is_idle:
+            half &= False
+        self.seen += 1
+        self.crowded = (self.crowded + 1) * half
+        self.sums = self.sums + counts
+        unused = (self.sums == 0).float().mean(-1)  # (banks,)
+        for i in range(len(counts)):
+            if self.crowded[i] >= self.rows:
+                self.warn(i, f"expert {counts[i].argmax()} has taken more than half of the tokens")
+            elif self.seen >= self.rows and unused[i] >= 0.75:
+                self.warn(i, f"{unused[i]:.0%} of the experts have had no token")
+        if self.seen >= self.rows:
+            self.sums, self.seen = 0, 0
 
     def warn(self, i, what):
         c, name = self.config, "pool" if self.config.pool_groups else "expert layer"

@@ -236,25 +236,27 @@ def test_random_router_never_changes_and_sees_no_gradient():
 # ---- 5. A collapse is told once, with the layer's number; pools may specialise
 
 
-def told(config, counts, steps=100, change=None):
+def told(config, counts, steps=100, change=None, tokens=100.0):
     said = []
     with torch.device("meta"):
         watch = report.CollapseWatch(GPT(config), said.append)
     for step in range(steps):
         now = torch.tensor(counts if change is None or step % 50 else change, dtype=torch.float32)
-        watch({"counts": now})
+        watch({"counts": now, "tokens": torch.tensor([tokens])})
     return said
 
 
 def test_collapse_is_told_once_and_names_the_layer():
     config = small(flavour="switch", n_layer=2, n_experts=8)
-    fine, idle = [13, 13, 12, 12, 13, 12, 13, 12], [50, 50, 0, 0, 0, 0, 0, 0]
+    fine, crowded = [13, 13, 12, 12, 13, 12, 13, 12], [51, 7, 7, 7, 7, 7, 7, 7]
     assert told(config, [fine, fine], 300) == []
-    said = told(config, [fine, idle], 300)
-    assert len(said) == 1 and "expert layer 1: 75% of the experts" in said[0]
-    assert "--balance_coef" in said[0] and "\n" not in said[0]
-    assert told(config, [fine, idle], 99) == []
-    assert told(config, [fine, idle], 100, change=[fine, fine]) == []
+    said = told(config, [fine, crowded], 300)
+    assert len(said) == 1 and "expert layer 1: expert 0" in said[0] and "--balance_coef" in said[0]
+    assert "\n" not in said[0] and told(config, [fine, crowded], 99) == []
+    assert told(config, [fine, crowded], 99 + 50, change=[fine, fine]) == []  # not in a row
+    unused = told(config, [[50, 50, 0, 0, 0, 0, 0, 0], fine], 300)
+    assert len(unused) == 1 and "expert layer 0: 75% of the experts" in unused[0]
+    assert told(config, [[50, 50, 0, 0, 0, 0, 0, 0], fine], 100, change=[fine, fine]) == []
 
 
 def test_layers_of_a_pool_may_specialise():
@@ -262,8 +264,9 @@ def test_layers_of_a_pool_may_specialise():
     config = small(flavour="unipool", n_layer=4, n_experts=4)
     assert told(config, (100 * torch.eye(4)).tolist(), 300) == []
     one = [[100, 0, 0, 0]] * 4
-    assert "pool 0: 75% of the experts" in told(config, one, 300)[0]
-    assert len(told(config, one, 300)) == 1
+    assert "pool 0: expert 0" in told(config, one, 300)[0] and len(told(config, one, 300)) == 1
+    few = small(flavour="topk", n_layer=1, n_experts=4, top_k=2)
+    assert told(few, [[80, 60, 40, 20]], 300) == []  # 2 of 4: even routing gives each a half
     relu = small(flavour="remoe", n_layer=1, n_experts=8)
     assert told(relu, [[60] * 8], 300) == []  # before its L1 has grown
 
