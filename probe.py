@@ -66,7 +66,7 @@ class ProbeConfig:
     limit: int | None = None  # items per task
     routing: bool = False  # use of experts per layer and summed, entropy, unused experts
     overlap: bool = False  # mean |cos| between the activations of one token's experts
-    pathways: bool = False  # path consistency, transitions
+    pathways: bool = False  # path consistency, transitions, cache of experts
     page: bool = False  # page.html: click through the first tokens and see who works on them
     compare: str | None = None  # page: folder of a second checkpoint, beside the first
     samples: tuple | None = None  # infmoe: compare these numbers of samples K

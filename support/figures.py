@@ -91,13 +91,14 @@ def use(model, labels, use, banks, things, none):
     return figure
 
 
-def pathways(model, titles, counts):
-    """Transition matrices of up to three pairs of layers, experts grouped by where they lead."""
+def pathways(model, titles, counts, hits):
+    """Transition matrices of up to three pairs of layers, experts grouped by where they lead, and
+    the hit rate of a cache."""
     shown = np.unique(np.linspace(0, len(counts) - 1, min(3, len(counts))).astype(int))
-    figure, axes = canvas(model, "Where tokens go from layer to layer", 1, len(shown),
-                          (2.4 * len(shown) + 0.8, 3.2), squeeze=False)
+    figure, axes = canvas(model, "Where tokens go from layer to layer, and what a cache would hold",
+                          1, len(shown) + 1, (2.4 * len(shown) + 3.2, 3.2))
     chances = [counts[k] / np.maximum(counts[k].sum(-1, keepdims=True), 1) for k in shown]
-    for axis, k, chance in zip(axes[0], shown, chances):
+    for axis, k, chance in zip(axes, shown, chances):
         rows, columns = grouped(counts[k])
         image = axis.imshow(chance[rows][:, columns], cmap=SHADES, vmin=0,
                             vmax=max(map(np.max, chances)))
@@ -106,7 +107,13 @@ def pathways(model, titles, counts):
         axis.set_xticks(range(0, len(columns), step), columns[::step], fontsize=5, rotation=90)
         axis.set_yticks(range(0, len(rows), step), rows[::step], fontsize=5)
         axis.set_title(titles[k], fontsize=8)
-    figure.colorbar(image, ax=axes, label="share of the row's tokens", pad=0.01)
+    figure.colorbar(image, ax=axes[:-1].tolist(), label="share of the row's tokens", pad=0.01)
+    axis = axes[-1]
+    axis.plot(np.arange(1, len(hits) + 1), 100 * hits, color=COLOURS[0], label="those used last")
+    axis.plot([0, len(hits)], [0, 100], "k--", linewidth=0.8, label="any others")
+    axis.set(xlabel="experts in the cache", ylabel="hit rate, %", ylim=(0, 100),
+             xlim=(0, len(hits)))
+    axis.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -30,6 +30,7 @@ import losses
 import moe
 import probe
 from lab import continuous, evaluate
+from lab import pathways as pathways_lab
 from probe import ProbeConfig
 from support import figures, hf, routers
 from support.routers import Layer, find_layers
@@ -570,6 +571,29 @@ def test_pathways(flavour, tmp_path, data):
         assert found["path_consistency"][k] == pytest.approx(usual / 2048)
         likeliest = torch.bincount(ids[k + 1, :, 0]).max().item()
         assert found["chance"][k] == pytest.approx(likeliest / 2048)
+    assert len(found["cache_hit_rate"]) == (n if flavour == "unipool" else 4 * n)
+
+
+def test_cache_hits_equal_a_cache():
+    sequence = np.random.default_rng(0).zipf(1.5, 3000) % 11
+    hits = pathways_lab.cache_hits(sequence, 11)
+    for size in range(1, 12):
+        cache, found = collections.OrderedDict(), 0
+        for expert in sequence.tolist():
+            found += expert in cache
+            cache.pop(expert, None)
+            cache[expert] = True
+            if len(cache) > size:
+                cache.popitem(last=False)
+        assert hits[size - 1] == pytest.approx(found / 3000)
+
+
+def test_accesses_are_in_the_order_of_decoding():
+    ids = np.array([[[0, 1], [2, 3]], [[1, 0], [3, 2]]], dtype=np.int16)  # (L = 2, T = 2, K = 2)
+    assert pathways_lab.accesses(ids, [0, 0], 4).tolist() == [0, 1, 1, 0, 2, 3, 3, 2]  # a pool
+    assert pathways_lab.accesses(ids, [0, 1], 4).tolist() == [0, 1, 5, 4, 2, 3, 7, 6]
+    ids[0, 0, 1] = ids[1, 1, 0] = 4  # no expert
+    assert pathways_lab.accesses(ids, [0, 1], 4).tolist() == [0, 5, 4, 2, 3, 6]
 
 
 # ---- 6. Samples.
