@@ -66,9 +66,10 @@ class ProbeConfig:
     limit: int | None = None  # items per task
     routing: bool = False  # use of experts per layer and summed, entropy, unused experts
     overlap: bool = False  # mean |cos| between the activations of one token's experts
-    pathways: bool = False  # path consistency, transitions, cache of experts
+    pathways: bool = False  # path consistency, transitions, placement on devices, cache of experts
     page: bool = False  # page.html: click through the first tokens and see who works on them
     compare: str | None = None  # page: folder of a second checkpoint, beside the first
+    devices: int = 4  # pathways: devices that the experts are spread over
     samples: tuple | None = None  # infmoe: compare these numbers of samples K
     tokens: int = 16384  # held-out tokens, always the first ones
     batch_size: int = 16  # sequences in a forward pass, fewer where the vocabulary is large
@@ -79,7 +80,8 @@ class ProbeConfig:
     load_in_4bit: bool = False  # hf: with bitsandbytes
 
     def __post_init__(self):
-        for name in ("seeds", "tokens", "batch_size", "matched_experts", "limit", "block_size"):
+        for name in ("seeds", "tokens", "batch_size", "devices", "matched_experts", "limit",
+                     "block_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.out_dir and self.hf:

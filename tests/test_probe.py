@@ -559,7 +559,7 @@ def test_overlap_of_samples(tmp_path, data):
 @pytest.mark.parametrize("flavour", ["topk", "unipool"])
 def test_pathways(flavour, tmp_path, data):
     folder = save_checkpoint(random_model(**OURS[flavour]), tmp_path / "ours", data)
-    found = run(tmp_path, out_dir=folder, pathways=True, tokens=2048)
+    found = run(tmp_path, out_dir=folder, pathways=True, tokens=2048, devices=3)
     subject = probe.load_ours(ProbeConfig(out_dir=folder, tokens=2048, device="cpu"))
     n = subject.layers[0].n_experts
     ids = torch.tensor([chosen(r, none=n) for r in routings_of(subject)])
@@ -571,7 +571,39 @@ def test_pathways(flavour, tmp_path, data):
         assert found["path_consistency"][k] == pytest.approx(usual / 2048)
         likeliest = torch.bincount(ids[k + 1, :, 0]).max().item()
         assert found["chance"][k] == pytest.approx(likeliest / 2048)
+    hops = [(a * 3 // n, b * 3 // n) for k in range(3) for t in range(1024, 2048)
+            for a in ids[k, t].tolist() for b in ids[k + 1, t].tolist() if n not in (a, b)]
+    assert found["crossing"]["in order"] == pytest.approx(np.mean([a != b for a, b in hops]))
     assert len(found["cache_hit_rate"]) == (n if flavour == "unipool" else 4 * n)
+
+
+def test_partition_finds_planted_groups_and_keeps_sizes():
+    rng = np.random.default_rng(0)
+    # private banks, one pool, two pools
+    for pairs in ([(0, 1), (1, 2)], [(0, 0)], [(0, 0), (0, 1), (1, 1)]):
+        group = {bank: rng.permutation(12) % 3 for bank in (0, 1, 2)}
+        traffic = {(a, b): 1.0 + 50 * (group[a][:, None] == group[b][None, :]) for a, b in pairs}
+        plain = {bank: np.arange(12) // 4 for bank in {x for pair in pairs for x in pair}}
+        found = pathways_lab.partition(traffic, plain, 3)
+        assert all(np.bincount(devices).tolist() == [4, 4, 4] for devices in found.values())
+        assert pathways_lab.crossings(traffic, found) < 0.6 * pathways_lab.crossings(traffic, plain)
+        # the argument is left alone
+        assert all((devices == np.arange(12) // 4).all() for devices in plain.values())
+
+
+def test_partition_is_a_local_optimum():
+    """No swap of two experts of a bank could still help; counted literally."""
+    rng = np.random.default_rng(1)
+    traffic = {(0, 0): rng.random((7, 7)), (0, 1): rng.random((7, 7)) ** 3,
+               (1, 1): rng.random((7, 7))}
+    plain = {bank: np.arange(7) * 3 // 7 for bank in (0, 1)}  # sizes 3, 2, 2
+    found = pathways_lab.partition(traffic, plain, 3)
+    best = pathways_lab.crossings(traffic, found)
+    assert best < pathways_lab.crossings(traffic, plain)
+    for bank, (i, j) in itertools.product((0, 1), itertools.combinations(range(7), 2)):
+        other = {b: devices.copy() for b, devices in found.items()}
+        other[bank][[i, j]] = other[bank][[j, i]]
+        assert pathways_lab.crossings(traffic, other) >= best - 1e-12
 
 
 def test_cache_hits_equal_a_cache():
@@ -650,6 +682,7 @@ def test_newest_checkpoint_and_files(argv, files, words, tmp_path, data, monkeyp
      "raise --matched_experts"),
     (TOPK, ["--samples=1,2"], "draws none"),
     (TOPK, ["--samples=0"], "samples=(0,)"),
+    (TOPK, ["--pathways", "--devices=7"], "devices=7"),
     (TOPK, ["--dataset=nowhere"], "no data in 'nowhere'"),
     (TOPK, ["--random-router-form=3"], "did you mean --random_router_from"),
     (TOPK, ["--hf=x"], "one model at a time"),
