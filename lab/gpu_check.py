@@ -76,8 +76,11 @@ def run_steps(todo, out):
         print(f"\n=== {name}: python {' '.join(words)}", flush=True)
         began = time.monotonic()
         try:
-            code = subprocess.run([sys.executable, *words], timeout=limit).returncode
-            reason = "ok" if code == 0 else f"exit code {code}"
+            done = subprocess.run([sys.executable, *words], timeout=limit, text=True,
+                                  stderr=subprocess.PIPE)
+            print(done.stderr, file=sys.stderr)
+            last = done.stderr.strip().rpartition("\n")[2]
+            reason = "ok" if done.returncode == 0 else f"exit code {done.returncode} ({last})"
         except subprocess.TimeoutExpired:
             reason = f"stopped at its limit of {limit} s; rows measured before stay"
         failed += reason != "ok"

@@ -1,5 +1,6 @@
 """What a run will cost: parameters, FLOPs, memory, time; and whether it fits this machine."""
 
+import contextlib
 import math
 import os
 import resource
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from support import experts_over_ranks
 from support.shards import ShardReader
 
 PEAK_FLOPS = {  # dense bf16 FLOP/s by the makers' data sheets; the first name that fits counts
@@ -160,6 +162,8 @@ def sizes(model):
 def memory_per_rank(model, c, n_ranks):
     """Bytes by use at the peak of a step, for a model on the meta device. Weights, gradients and
     AdamW's two moments are float32. lab/memory.py traces the same on the real code."""
+    if c.shard == "ep":
+        experts_over_ranks.check(model.config, n_ranks)
     m, n, sharded = model.config, 4 if c.dtype == "float32" else 2, c.shard in ("fsdp", "ep")
     total, banks, pools = sizes(model)
     root = total - pools - count(model.blocks)  # embeddings, the head
@@ -272,13 +276,15 @@ def long_run(m, c, n_ranks, device, steps):
 
 def pool_traffic(model, c, n_ranks):
     """Bytes that a micro-step moves through a GPU's memory because layers share pools: each layer
-    reads all experts in bf16, once forward and twice backward; then the gradient and AdamW."""
+    reads all experts in bf16, forward, backward and where blocks run again; then the gradient and
+    AdamW."""
     pools = count(model.pools) if model.config.top_k else 0
     layers = len(model.config.moe_layers()) / max(1, len(model.pools))
     steps = accumulation_steps(c, model.config.block_size, n_ranks)
     gradients = 12 if c.shard == "fsdp" else 18  # one is written (in fsdp in bf16), read and added
     own = n_ranks if c.shard == "ep" else 1
-    return pools / own * (6 * layers + gradients + 28 / steps)
+    reads = 6 if c.recompute else 4
+    return pools / own * (reads * layers + gradients + 28 / steps)
 
 
 def link_traffic(model, c, n_ranks):
@@ -295,18 +301,28 @@ def link_traffic(model, c, n_ranks):
     return sent * (n_ranks - 1) / n_ranks
 
 
+def seconds_moving(model, c, n_ranks):
+    """What a micro-step's traffic takes on H100s, at 400 GB/s from a rank to the others."""
+    pools, links = pool_traffic(model, c, n_ranks), link_traffic(model, c, n_ranks)
+    return pools / BANDWIDTH["H100"] + links / 400e9
+
+
 def cheapest(model, c, n_ranks, room):
-    """The options that fit `room` bytes and send the least between ranks, recompute and smaller
-    micro-batches where nothing else fits -> text"""
-    even = model.config.n_experts and model.config.n_experts % n_ranks == 0
-    ways = ["none"] if n_ranks == 1 else ["none", "zero1", "fsdp", *(["ep"] if even else [])]
+    """The options that fit `room` bytes and move the least, recompute and smaller micro-batches
+    where nothing else fits -> text"""
+    ways = ["none"]
+    if n_ranks > 1:
+        ways += ["zero1", "fsdp"]
+        with contextlib.suppress(ValueError):
+            experts_over_ranks.check(model.config, n_ranks)
+            ways.append("ep")
     micro = c.micro_batch
     while micro:
         for again in (False, True):
             tries = [replace(c, shard=shard, micro_batch=micro, recompute=again) for shard in ways]
             fit = [t for t in tries if sum(memory_per_rank(model, t, n_ranks).values()) <= room]
             if fit:
-                best = min(fit, key=lambda t: link_traffic(model, t, n_ranks))
+                best = min(fit, key=lambda t: seconds_moving(model, t, n_ranks))
                 smaller = f" --micro_batch={micro}" if micro < c.micro_batch else ""
                 return f"--shard={best.shard}" + " --recompute" * again + smaller
         micro //= 2
@@ -327,12 +343,12 @@ def plan(model, c, device):
     speed = peak_flops(device, BANDWIDTH) or BANDWIDTH["H100"]
     if device.type == "cuda":
         gpu, peak, room = torch.cuda.get_device_name(device), peak_flops(device) or peak, free
-    elif n == 1:
+    elif c.plan is True and n == 1:
         gpu, peak, room = f"this CPU ({torch.get_num_threads()} threads)", cpu_flops(), free
         speed = math.inf
     pools, links = pool_traffic(model, c, n), link_traffic(model, c, n)
     moved = tokens / (c.micro_batch * m.block_size * n) * pools / speed
-    seconds = flops * tokens / (REACHED * peak * n)
+    seconds = flops * tokens / (REACHED * peak * n) * (4 / 3 if c.recompute else 1)
     return table(
         model=f"{m.arch} {m.flavour}, {m.n_layer} layers, width {m.d_model}",
         weights=f"{amount(m.n_params())} stored, {amount(m.n_active_params())} active",
@@ -341,7 +357,7 @@ def plan(model, c, device):
         epoch=epoch,
         memory=f"{sum(memory.values()) / 1e9:.2f} GB a rank with shard={c.shard}, "
                f"recompute={c.recompute}: {in_gigabytes(memory)}; {free / 1e9:.1f} GB are {where}",
-        fits=f"{room / 1e9:.0f} GB a rank, at the least traffic: "
+        fits=f"{room / 1e9:.0f} GB a rank, moving the least: "
              f"{cheapest(model, c, n, 0.95 * room)}",
         traffic=f"{links / 1e9:.2f} GB a micro-step from a rank to others; pools move "
                 f"{pools / 1e9:.1f} GB through its memory",

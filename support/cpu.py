@@ -252,7 +252,9 @@ def weight_grads_one_by_one(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out):
         torch.cat(dh_e, out=rows[2])
         torch.index_select(x, 0, token_e, out=rows[3])
         if x.dtype == torch.bfloat16:  # few shapes, for oneDNN; the products sum over zeros
-            rows = [b[:padded(m)].index_fill_(0, torch.arange(m, padded(m)), 0) for b in buffer]
+            rows = [b[:padded(m)] for b in buffer]
+            for b in rows:
+                b[m:] = 0
         for a, b, dw in zip(rows[::2], rows[1::2], dw_e):
             torch.mm(a.T, b, out=dw) if dw.dtype == a.dtype else dw.copy_(a.T @ b)
     return dw_in, dw_out

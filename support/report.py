@@ -106,7 +106,7 @@ def progress(trainer, first, say):
     c, count = trainer.config, trainer.accumulation
     hidden = trainer.ranks.rank > 0 or c.quiet or not sys.stderr.isatty()
     compiling = f"compiling, about {30 + 5 * trainer.model_config.n_layer} s"
-    began, ended = time.monotonic(), threading.Event()
+    began, ended, said = time.monotonic(), threading.Event(), False
     if trainer.compiled:
         say(compiling)
     bar = tqdm(total=c.max_steps, initial=first, disable=hidden, unit="step", dynamic_ncols=True)
@@ -114,8 +114,10 @@ def progress(trainer, first, say):
     def moved(done):
         if count > 1:
             bar.set_postfix_str(f"micro-step {done} of {count}")
+        nonlocal said
         seconds = time.monotonic() - began
-        if bar.n == first and done == 1 < count and hidden and seconds > 10:
+        if hidden and not said and done == 1 < count and seconds > 10:
+            said = True
             say(f"the first of {count} micro-steps took {span(seconds)}; a line for each "
                 f"validation, every {c.eval_every} steps")
 

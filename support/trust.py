@@ -14,7 +14,11 @@ def first_of(arguments):
 
 def trusted(step, in_triton, in_torch, arguments):
     """Whether the kernel agreed with torch when it met this shape first. If not, say so once."""
-    x, shapes = first_of(arguments), [a.shape[1:] for a in arguments if isinstance(a, Tensor)]
+    x = first_of(arguments)
+    if not x.numel():  # nothing to compare: torch's, this once
+        return False
+    shapes = [len(a) if isinstance(a, list) else a.shape[1:]
+              for a in arguments if isinstance(a, (Tensor, list))]
     key = (step, x.device, x.dtype, *shapes)
     if key not in _trusted:
         expected, problem = in_torch(*arguments), None
@@ -35,7 +39,7 @@ def trusted(step, in_triton, in_torch, arguments):
 
 
 def distance(a, b):
-    """|a - b| / |b|, without copies (a pool's gradient fills gigabytes); NaN is infinitely far."""
+    """|a - b| / |b| (in one copy: a pool's gradient fills gigabytes); NaN is infinitely far."""
     a, b = (v if v.is_floating_point() else v.double() for v in (a, b))
     far, size = (torch.linalg.vector_norm(v, dtype=torch.float64) for v in (a - b, b))
     return (far / size.clamp_min(1e-30)).nan_to_num(float("inf")).item()

@@ -98,7 +98,7 @@ def literal_kept(row, n):
 
 
 def literal_topn(rows, n):
-    """The n largest entries of each row (F,), the rest zeros; n None: all of them."""
+    """The n largest entries of each row (F,), the rest zeros."""
     keep = torch.zeros(rows.shape, dtype=torch.bool)
     for kept, row in zip(keep, rows.tolist()):
         kept[literal_kept(row, n)] = True

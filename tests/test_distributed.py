@@ -227,15 +227,18 @@ def test_a_rank_that_hangs(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_ranks(tmp_path):
-    """The compiled model inside DDP, balance counts all-reduced within the graph."""
-    data = make_data(tmp_path / "data")
-    jobs = []
-    for flavour in ("topk", "unipool"):
-        here(job(data, tmp_path / f"one {flavour}", flavour, micro_batch=8))
-        jobs.append(job(data, tmp_path / f"two {flavour}", flavour, compile="true"))
+    """The compiled model inside DDP, balance counts all-reduced within the graph; block by block
+    where experts or all weights are sharded."""
+    data, jobs = make_data(tmp_path / "data"), []
+    cases = [("topk", "none"), ("topk", "ep"), ("pools", "none"), ("pools", "fsdp"),
+             ("pools", "ep")]
+    for case, shard in cases:
+        if shard == "none":
+            here(job(data, tmp_path / f"{case} one", case, micro_batch=8))
+        jobs.append(job(data, tmp_path / f"{case} {shard}", case, compile="true", shard=shard))
     assert on_ranks(tmp_path, jobs).returncode == 0
-    for flavour in ("topk", "unipool"):
-        one, two = (losses(tmp_path / f"{ranks} {flavour}") for ranks in ("one", "two"))
+    for case, shard in cases:
+        one, two = (losses(tmp_path / f"{case} {kind}") for kind in ("one", shard))
         np.testing.assert_allclose(two, one, rtol=1e-4)
 
 

@@ -185,6 +185,15 @@ def test_operators_under_cuda_autocast_return_what_they_announce(k, activation):
         returns_what_it_announces("thresholds", tensor(32, 48), 12)
 
 
+def test_a_pool_s_gradient_on_a_gpu_without_kernels(monkeypatch):
+    """bf16, several layers: every tensor that is made is on the GPU, too."""
+    monkeypatch.setattr(cpu, "rows_of", lambda ends: [5] * len(ends))
+    with fake_cuda_under_autocast() as tensor:
+        layers = [[tensor(32, 64)] * 3, [tensor(32, 64)] * 3, [tensor(40, 48)] * 3,
+                  [tensor(40, 96)] * 3, [tensor(40).long()] * 3, [tensor(8).int()] * 3]
+        returns_what_it_announces("weight_grads", *layers, tensor(8, 96, 64), tensor(8, 64, 48))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_models_under_cuda_autocast(name):
     """The forward pass of each flavour on fake tensors: losses are float32, no dtype disagrees."""

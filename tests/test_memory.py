@@ -9,9 +9,9 @@ import train
 from lab import memory
 from support import budget
 
-PAPERS = ("llama_182m", "moe_182m", "unipool_182m", "unipool_469m", "unipool_650m", "unipool_830m",
-          "unipool_978m", "gpt2_small", "gpt2_medium", "moe_small", "switch_small", "infmoe_small",
-          "infmoe_medium", "infmoe_deep")
+PAPERS = ("llama_182m", "moe_182m", "unipool_182m", "unipool_lock_182m", "unipool_469m",
+          "unipool_650m", "unipool_830m", "unipool_978m", "gpt2_small", "gpt2_medium", "moe_small",
+          "switch_small", "infmoe_small", "infmoe_medium", "infmoe_deep")
 FEW = [("llama_182m", "zero1"), ("moe_182m", "ep"), ("infmoe_small", "fsdp"),
        ("unipool_469m", "none"), ("unipool_830m", "fsdp"), ("unipool_978m", "ep")]
 
@@ -41,6 +41,20 @@ def test_plan_is_what_lives(name, shard):
         model_config = train.replace(model_config, n_experts=16)
     found = memory.trace(model_config, config, 4)
     assert planned(model_config, config, 4) == pytest.approx(found, rel=0.1)
+
+
+def test_unipool_469m_fits_one_card_of_80_gb():
+    assert memory.trace(*memory.configured("unipool_469m", shard="none")) < 80e9
+
+
+@pytest.mark.parametrize("options", [{}, dict(flavour="infmoe"), dict(flavour="topk", n_experts=5),
+                                     dict(flavour="peer", n_experts=16, top_k=4)])
+def test_ep_is_not_planned_where_it_cannot_run(options):
+    model = train.on_meta(train.ModelConfig(n_layer=2, **options))
+    config = train.TrainConfig(shard="ep", micro_batch=1)
+    with pytest.raises(ValueError, match="shard=ep"):
+        budget.memory_per_rank(model, config, 4)
+    assert "ep" not in budget.cheapest(model, config, 4, 80e9).split("=")
 
 
 @pytest.mark.slow
