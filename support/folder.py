@@ -39,6 +39,8 @@ def settings(parsed, ModelConfig, TrainConfig, GPT):
     if config.init_from == "resume":
         others = {name: value for name, value in given.items() if name not in mine}
         config = resumed(start, others, config)
+    if start is None:
+        parsed.make(ModelConfig)  # a mistake is told before any data is fetched
     if not config.plan:
         config = with_data(config)
     if start is None:

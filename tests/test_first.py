@@ -18,8 +18,9 @@ from probe_helpers import hf_model, saved
 from train_helpers import PYTHON, configs, make_data, read_rows, run, train_command
 
 import train
-from model import ModelConfig
-from support import budget, hf, missing
+from configurator import parse
+from model import GPT, ModelConfig
+from support import budget, folder, hf, missing
 from support.shards import write_shard
 from support.tokenizer import get_tokenizer
 
@@ -235,3 +236,12 @@ probe.main()"""
 def test_the_demos_model_has_layers_behind_layer_12():
     source = (ROOT / "config/tiny_unipool.py").read_text()
     assert "n_layer = 16" in source and "n_experts = 64" in source
+
+
+def test_a_mistake_is_told_before_data_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("support.missing.make_missing", lambda *_: pytest.fail("fetched"))
+    argv = ["--flavour=topk", "--top_k=9", "--dataset=data/fineweb"]
+    parsed = parse(ModelConfig, train.TrainConfig, words=("config",), argv=argv)
+    with pytest.raises(ValueError, match="top_k=9 must lie between 1 and n_experts=8"):
+        folder.settings(parsed, ModelConfig, train.TrainConfig, GPT)
