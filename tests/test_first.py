@@ -238,10 +238,11 @@ def test_the_demos_model_has_layers_behind_layer_12():
     assert "n_layer = 16" in source and "n_experts = 64" in source
 
 
-def test_a_mistake_is_told_before_data_is_fetched(tmp_path, monkeypatch):
+def test_a_mistake_is_told_before_data_is_fetched(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("support.missing.make_missing", lambda *_: pytest.fail("fetched"))
     argv = ["--flavour=topk", "--top_k=9", "--dataset=data/fineweb"]
     parsed = parse(ModelConfig, train.TrainConfig, words=("config",), argv=argv)
-    with pytest.raises(ValueError, match="top_k=9 must lie between 1 and n_experts=8"):
+    with pytest.raises(SystemExit):
         folder.settings(parsed, ModelConfig, train.TrainConfig, GPT)
+    assert "top_k=9 must lie between 1 and n_experts=8" in capsys.readouterr().err
