@@ -80,7 +80,8 @@ def run_steps(todo, out):
                                   stderr=subprocess.PIPE)
             print(done.stderr, file=sys.stderr)
             last = done.stderr.strip().rpartition("\n")[2]
-            reason = "ok" if done.returncode == 0 else f"exit code {done.returncode} ({last})"
+            reason = f"exit code {done.returncode}, {last or 'without a word'}"
+            reason = reason if done.returncode else "ok"
         except subprocess.TimeoutExpired:
             reason = f"stopped at its limit of {limit} s; rows measured before stay"
         failed += reason != "ok"
