@@ -86,8 +86,9 @@ def agree(name, ours, reference, limit):
 def describe(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
-    amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
-    return f"{cpu_name()}{amx}, {torch.get_num_threads()} threads"
+    able = " with AVX-512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else ""
+    able = " with AMX" if torch.cpu._is_amx_tile_supported() else able
+    return f"{cpu_name()}{able}, {torch.get_num_threads()} threads"
 
 
 SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
