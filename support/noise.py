@@ -4,9 +4,11 @@ Ranks, gradient accumulation, recomputation, resuming, the KV cache and torch.co
 same numbers, and no generator's state has to be kept. Letters: B sequences, S positions, T = B*S.
 """
 import math
+from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 MASK32 = 0xFFFFFFFF
 
@@ -25,6 +27,23 @@ def hash32_of_int32(x):
     return ((x >> 16) & 0xFFFF) ^ x
 
 
+def one_operator(schema, fake):
+    """A function as one node of torch.compile's graph: each round of the hash uses its x twice, and
+    the compiler, which writes x out in full each time, would not come to an end."""
+    def decorate(f):
+        made = custom_op(f"nanoexperts::{f.__name__}", f, mutates_args=(), schema=schema)
+        made.register_fake(fake)
+
+        @wraps(f)
+        def call(*given):
+            return made(*given) if torch.compiler.is_compiling() else f(*given)
+
+        return call
+    return decorate
+
+
+@one_operator("(Tensor sequence_keys, Tensor positions) -> Tensor",
+              lambda keys, positions: keys.new_empty(len(keys) * len(positions)))
 def noise_seeds(sequence_keys: Tensor, positions: Tensor) -> Tensor:
     """A 32-bit seed per token: keys of the sequences (B,) int64, positions (S,) -> (B*S,) int64."""
     low, high = sequence_keys & MASK32, (sequence_keys >> 32) & MASK32
@@ -33,6 +52,8 @@ def noise_seeds(sequence_keys: Tensor, positions: Tensor) -> Tensor:
     return hash32(seeds).flatten()  # (T,)
 
 
+@one_operator("(Tensor seeds, int stream, int n) -> Tensor",
+              lambda seeds, stream, n: seeds.new_empty(len(seeds), n, dtype=torch.float32))
 def uniform_noise(seeds: Tensor, stream: int, n: int) -> Tensor:
     """n numbers in (0, 1) for every token and stream: seeds (T,) -> (T, n) float32."""
     salt = hash32((torch.arange(n, device=seeds.device) + hash32(stream + 1)) & MASK32)  # (n,)

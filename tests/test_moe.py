@@ -314,6 +314,21 @@ def test_uniform_noise_stays_below_one():
     assert codes.z.isfinite().all() and all(p.grad.isfinite().all() for p in router.parameters())
 
 
+def test_the_hash_is_one_node_of_a_compiled_graph():
+    """Its rounds, each of which uses x twice, keep torch's compiler busy for minutes."""
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    f = lambda keys, positions: noise.normal_noise(noise.noise_seeds(keys, positions), 3, 5)
+    given = torch.tensor([1, 2**40]), torch.arange(7)
+    assert torch.equal(torch.compile(f, backend=look, fullgraph=True)(*given), f(*given))
+    names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert any("noise_seeds" in name for name in names) and not any("xor" in name for name in names)
+
+
 @pytest.mark.parametrize("n", [1, 2, 7, 16])  # odd counts: Box-Muller makes pairs
 def test_normal_noise_is_standard_normal(n):
     g = noise.normal_noise(KEYS, 5, n)
