@@ -161,11 +161,6 @@ def make_experts(forward, backward, weight_grads):
         "weight_grads", weight_grads, "backend xs dys acts dhs tokens all_ends w_in w_out", 2,
         lambda *arguments: tuple(map(torch.empty_like, arguments[-2:])))
 
-    def of_layers(backend, layers, w_in, w_out):
-        xs, dys, acts, dhs, tokens, all_ends = map(list, zip(*layers))
-        tokens, all_ends = [t.long() for t in tokens], [e.int() for e in all_ends]
-        return of_weights(backend, xs, dys, acts, dhs, tokens, all_ends, w_in, w_out)
-
     class Experts(torch.autograd.Function):
         @staticmethod
         def forward(ctx, backend, x, weights, w_in, w_out, order, ends, activation, save, keep,
@@ -191,6 +186,20 @@ def make_experts(forward, backward, weight_grads):
                 dw = of_weights(ctx.backend, *([f] for f in factors), w_in, w_out)
                 factors = ()
             return None, dx, d_weights, *dw, *[None] * 5, *factors
+
+    return Experts.apply, *make_tickets(of_weights)
+
+
+def make_tickets(of_weights):
+    """
+    of_weights: make_experts' operator weight_grads. -> two makers of tickets, through which a pool
+    gets one gradient: each layer's backward pass hands its factors over as "gradients" of its
+    tickets, and when the last have come, one product over all layers' rows is computed.
+    """
+    def of_layers(backend, layers, w_in, w_out):
+        xs, dys, acts, dhs, tokens, all_ends = map(list, zip(*layers))
+        tokens, all_ends = [t.long() for t in tokens], [e.int() for e in all_ends]
+        return of_weights(backend, xs, dys, acts, dhs, tokens, all_ends, w_in, w_out)
 
     class Tickets(torch.autograd.Function):
         """w_in, w_out -> tickets of all layers."""
@@ -244,7 +253,7 @@ def make_experts(forward, backward, weight_grads):
         entrance = Entrance.apply(backend, w_in, w_out, layers)
         return lambda shapes, dtype: LateTickets.apply(entrance, layers, shapes, dtype)
 
-    return Experts.apply, tickets, late_tickets
+    return tickets, late_tickets
 
 
 def make_masked(masks, masks_backward, linear):
