@@ -30,7 +30,10 @@ def print_help(schemas, kinds, words, doc):
             lines += textwrap.wrap(f"{option:36}  {default:8}  {comments.get(f.name, '')}", width,
                                    subsequent_indent=" " * min(48, width // 3),
                                    break_on_hyphens=False)
-    print("\n".join(lines), flush=True)  # in one piece: `--help | head` is no broken pipe
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # `--help | head`; what Python flushes at its end goes nowhere, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program():

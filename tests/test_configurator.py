@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -322,3 +323,13 @@ def test_nothing_runs_on_import():
     code = ("import configurator, prepare_data, sys; "
             "print(sorted({'torch', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))")
     assert python(code, ROOT) == ("[]\n", "")
+
+
+def test_help_into_a_pipe_that_nobody_reads():
+    """`--help | head`: no traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "sample.py", "--help"], cwd=ROOT, text=True,
+                          stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.returncode == 0 and done.stderr == ""
