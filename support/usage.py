@@ -65,7 +65,9 @@ def field_comments(schema):
 
 def fail(message):
     """End the program because of a user's mistake: one line on stderr, exit code 2."""
-    print("error: " + str(message).replace("\n", " "), file=sys.stderr)
+    words = str(message).replace("\n", " ")
+    words = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    print(f"error: {words}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -333,3 +333,7 @@ def test_help_into_a_pipe_that_nobody_reads():
                           stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_control_character_breaks_no_line(capsys):
+    assert r"unknown option -\x1e" in mistake(capsys, "-\x1e")
