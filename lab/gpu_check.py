@@ -12,6 +12,7 @@ import csv
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -69,21 +70,29 @@ def steps(config):
             *(run(name, more) for name, more in RUNS.items()), case("train", 0, 15)]}
 
 
+def run_step(words, limit):
+    """python WORDS, at most `limit` seconds -> "ok", or how it ended"""
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            code = subprocess.run([sys.executable, *words], timeout=limit, stderr=errors).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        errors.seek(0)
+        said = errors.read().strip()
+    print(said, file=sys.stderr)
+    if code is None:
+        return f"stopped at its limit of {limit} s; rows measured before stay"
+    last = said.rpartition("\n")[2] or "without a word"
+    return f"exit code {code}, {last}" if code else "ok"
+
+
 def run_steps(todo, out):
     """Each in a process of its own -> how many did not end well. Reasons go to gpu_check.txt."""
     failed = 0
     for name, limit, words in todo:
         print(f"\n=== {name}: python {' '.join(words)}", flush=True)
         began = time.monotonic()
-        try:
-            done = subprocess.run([sys.executable, *words], timeout=limit, text=True,
-                                  stderr=subprocess.PIPE)
-            print(done.stderr, file=sys.stderr)
-            last = done.stderr.strip().rpartition("\n")[2]
-            reason = f"exit code {done.returncode}, {last or 'without a word'}"
-            reason = reason if done.returncode else "ok"
-        except subprocess.TimeoutExpired:
-            reason = f"stopped at its limit of {limit} s; rows measured before stay"
+        reason = run_step(words, limit)
         failed += reason != "ok"
         line = f"{name}: {reason} after {time.monotonic() - began:.0f} s"
         print(line, flush=True)

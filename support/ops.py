@@ -190,6 +190,19 @@ def make_experts(forward, backward, weight_grads):
     return Experts.apply, *make_tickets(of_weights)
 
 
+class LateTickets(torch.autograd.Function):
+    """Tickets of one layer, made when its number of rows is known; not for torch.compile."""
+    @staticmethod
+    def forward(ctx, entrance, layers, shapes, dtype):
+        ctx.layers, ctx.dtype = layers, entrance.dtype
+        return of_no_memory(entrance, shapes, dtype)
+
+    @staticmethod
+    def backward(ctx, *factors):
+        ctx.layers.append(factors)
+        return factors[0].new_zeros((), dtype=ctx.dtype), None, None, None
+
+
 def make_tickets(of_weights):
     """
     of_weights: make_experts' operator weight_grads. -> two makers of tickets, through which a pool
@@ -228,18 +241,6 @@ def make_tickets(of_weights):
             layers = ctx.layers.copy()
             ctx.layers.clear()
             return None, *of_layers(ctx.backend, layers, *ctx.saved_tensors), None
-
-    class LateTickets(torch.autograd.Function):
-        """Tickets of one layer, made when its number of rows is known; not for torch.compile."""
-        @staticmethod
-        def forward(ctx, entrance, layers, shapes, dtype):
-            ctx.layers, ctx.dtype = layers, entrance.dtype
-            return of_no_memory(entrance, shapes, dtype)
-
-        @staticmethod
-        def backward(ctx, *factors):
-            ctx.layers.append(factors)
-            return factors[0].new_zeros((), dtype=ctx.dtype), None, None, None
 
     def tickets(backend, w_in, w_out, n_layers, n_tokens, top_k, dtype):
         """-> six tickets for each layer"""

@@ -1,5 +1,6 @@
 """The first hour on a fresh machine: commands as typed, without data and without a network."""
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from train_helpers import PYTHON, configs, make_data, read_rows, run, train_comm
 import train
 from configurator import parse
 from model import GPT, ModelConfig
-from support import budget, folder, hf, missing
+from support import budget, folder, hf, missing, report
 from support.shards import write_shard
 from support.tokenizer import get_tokenizer
 
@@ -246,3 +248,15 @@ def test_a_mistake_is_told_before_data_is_fetched(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         folder.settings(parsed, ModelConfig, train.TrainConfig, GPT)
     assert "top_k=9 must lie between 1 and n_experts=8" in capsys.readouterr().err
+
+
+def test_the_first_micro_step_is_told_once(monkeypatch):
+    """Where there is no terminal: not in every step, as a run of weeks would fill its log."""
+    said, seconds = [], itertools.count(0, 20)
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(seconds))
+    trainer = SimpleNamespace(config=train.TrainConfig(), accumulation=4, compiled=False,
+                              ranks=SimpleNamespace(rank=0), model_config=ModelConfig())
+    with report.progress(trainer, 0, said.append):
+        for _ in range(3):
+            trainer.moved(1)
+    assert len(said) == 1 and "the first of 4 micro-steps took" in said[0]

@@ -606,3 +606,14 @@ def test_gpu_memory_of_a_layer():
         gpu_check.peak_bytes(bench.forward_backward(partial(layer, top_k=1), *inputs), inputs)
         for layer in (triton, gpu_check.by_grouped_mm))
     assert ours <= 0.6 * theirs
+
+
+def test_nothing_is_no_evidence_for_a_kernel():
+    """An empty batch, as a rank may get one, is torch's, and asks nobody; a private bank's result
+    says nothing of a pool's."""
+    ask = lambda calls: lambda *arguments: calls.append(1) or (torch.ones(2),)
+    calls, layer = [], [torch.ones(2, 3)]
+    assert not trust.trusted("a step", ask(calls), ask(calls), (torch.ones(0, 3),)) and not calls
+    for several in (layer, layer * 3):
+        assert trust.trusted("a step", ask(calls), ask(calls), (several,))
+    assert len(calls) == 4
