@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -264,17 +265,32 @@ def weight_grads_one_by_one(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out):
 # 3. Masks: exactly the n largest entries of a row, and the masked FFN
 
 
+@functools.cache
+def threads(n):
+    return ThreadPoolExecutor(n)
+
+
+def nth_largest(scores, n):
+    """scores (R, F) of numpy -> the n-th largest of each row (R, 1), and whether it is tied."""
+    last = scores.shape[1] - n
+    value = np.partition(scores, last, axis=1)[:, last, None].copy()
+    return value, np.count_nonzero(scores >= value) > n * len(scores)
+
+
 def thresholds(scores, n_keep):
     """scores (R, F) -> value (R,), cut (R,) int32: what `kept` needs to keep the n_keep largest,
     ties to the lowest column.
 
-    numpy's partition finds the value by vector instructions, 11 to 15 times as fast as kthvalue.
+    numpy's partition finds the value by vector instructions, 11 to 15 times as fast as kthvalue,
+    and lets other threads work: two take half of one's time.
     """
     width, last = scores.shape[-1], scores.shape[-1] - n_keep
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        value = np.partition(scores.numpy(), last, axis=-1)[:, last, None].copy()  # (R, 1)
-        any_tie = np.count_nonzero(scores.numpy() >= value) > n_keep * len(scores)
-        value = torch.from_numpy(value)
+        n_threads = torch.get_num_threads() if scores.numel() >= 2**18 else 1
+        parts = np.array_split(scores.numpy(), n_threads)
+        run = threads(n_threads).map if n_threads > 1 else map
+        values, ties = zip(*run(functools.partial(nth_largest, n=n_keep), parts))
+        value, any_tie = torch.from_numpy(np.concatenate(values)), any(ties)
     else:
         value, any_tie = scores.kthvalue(last + 1, dim=-1, keepdim=True).values, True  # unknown
     cut = torch.full(scores.shape[:-1], width, dtype=torch.int32, device=scores.device)
@@ -335,25 +351,30 @@ def masks(h, z, w_z, n_keep, activation):
     u, cut = h.new_empty(t, f), z.new_empty(t, k, dtype=torch.int32)
     value = z.new_empty(t, k, dtype=torch.promote_types(z.dtype, torch.float32))
     for rows in token_chunks(t, k * f):
-        scores = F.linear(z[rows], w_z)  # (chunk, K, F)
-        chunk_value, chunk_cut = thresholds(scores.view(-1, f), n_keep)
+        scores = linear(z[rows].flatten(0, 1), w_z)  # (chunk * K, F)
+        chunk_value, chunk_cut = thresholds(scores, n_keep)
         value[rows], cut[rows] = chunk_value.view(-1, k), chunk_cut.view(-1, k)
         ties = any_ties(chunk_cut, f)
+        scores = scores.view(-1, k, f)
         mask_and_activate(scores, h[rows], value[rows], cut[rows], ties, u[rows], activation)
     return u, value, cut
 
 
 def masks_backward(du, h, z, w_z, value, cut, activation):
     """Its backward step; the scores are computed again."""
-    u, dh, dz, dw_z = du.clone(), torch.empty_like(h), torch.empty_like(z), torch.zeros_like(w_z)
-    for rows in token_chunks(z.shape[0], z.shape[1] * w_z.shape[0]):
-        scores = F.linear(z[rows], w_z)  # (chunk, K, F)
-        ties = any_ties(cut[rows], w_z.shape[0])
+    (k, dz_width), f = z.shape[1:], w_z.shape[0]
+    u, dh, dz = du.clone(), torch.empty_like(h), torch.empty_like(z)
+    dw_z_t = w_z.new_zeros(dz_width, f)
+    for rows in token_chunks(len(z), k * f):
+        z_rows = z[rows].flatten(0, 1)  # (chunk * K, dz)
+        scores = linear(z_rows, w_z).view(-1, k, f)
+        ties = any_ties(cut[rows], f)
         d_scores = mask_backward(
             scores, h[rows], value[rows], cut[rows], ties, u[rows], dh[rows], activation)
-        dz[rows] = d_scores @ w_z
-        dw_z.addmm_(d_scores.flatten(0, 1).T, z[rows].flatten(0, 1))
-    return u, dh, dz, dw_z
+        d_scores = d_scores.flatten(0, 1)  # (chunk * K, F)
+        dz[rows] = linear(d_scores, w_z.T).view(-1, k, dz_width)
+        dw_z_t += linear(z_rows.T, d_scores.T)  # the transposed one takes a third of the time
+    return u, dh, dz, dw_z_t.T.contiguous()
 
 
 # ------------------------------------------------------------------------------------------------
