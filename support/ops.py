@@ -274,7 +274,7 @@ def make_masked(masks, masks_backward, linear):
     def backward(backend, dy, x, z, w_in, w_out, w_z, h, value, cut, activation):
         du = linear(dy, w_out.T)
         u, dh, dz, dw_z = masks_backward(backend, du, h, z, w_z, value, cut, activation)
-        return linear(dh, w_in.T), dz, dh.T @ x, dy.T @ u, dw_z
+        return linear(dh, w_in.T), dz, linear(dh.T, x.T), linear(dy.T, u.T), dw_z
 
     def fake(backend, x, z, w_in, w_out, w_z, n_keep, activation, save):
         h = x.new_empty(x.shape[0] if save else 0, w_in.shape[0])
