@@ -39,7 +39,7 @@ def allow_compile(allowed: bool) -> None:
 
 
 def worth_compiling(x):
-    return _compile["allowed"] and x.device.type == "cpu" and x.numel() >= 2**20
+    return _compile["allowed"] and x.device.type == "cpu" and x.numel() >= 2**19
 
 
 def fused(f):
