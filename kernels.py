@@ -400,8 +400,7 @@ def expert_ffn(
     (E, F, D) for "gelu", (E, 2F, D) = [gate; up] rows for "swiglu"; w_out (E, D, F). Returns y
     (T, D) and, if keep_activations, activations before gate and w_out (T, K, F), else None.
     Differentiable in x, weights, w_in, w_out; an expert that no token chose gets exact zeros. Under
-    autocast it computes in autocast's dtype. tickets: see open_pool. Raises ValueError where
-    arguments do not fit.
+    autocast it computes in autocast's dtype. tickets: see open_pool. ValueError: shapes do not fit.
     """
     t, (e, d, f), wide = x.shape[0], w_out.shape, 2 if activation == "swiglu" else 1
     check(activation, backend, x, (t, d), w_out=(w_out, (e, d, f)), w_in=(w_in, (e, wide * f, d)))

@@ -21,13 +21,11 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import losses
 import moe
-from support import auxiliary, cpu, lock, rules
-from support import checkpoint as checkpoints
-from support.decoding import KVCache, sample_token
+from support import auxiliary, checkpoint, cpu, decoding, lock, rules
 from support.deep import CodeRouter
 from support.noise import noise_seeds
 
@@ -180,7 +178,7 @@ class Attention(nn.Module):
             h = y.view(h.shape).to(x.dtype)
         return h.transpose(1, 2)  # (B, n, S, d)
 
-    def forward(self, x: Tensor, rope: tuple | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple | None, cache: decoding.KVCache | None) -> Tensor:
         """x (B, S, D) -> (B, S, D)."""
         # queries, keys and values in one product; then a head each
         widths = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
@@ -343,7 +341,7 @@ class GPT(nn.Module):
         """tokens, targets (B, S) int64 (targets < 0 are left out) -> Output.
 
         noise_key (B,) int64 fixes infmoe's noise per sequence; None is one fixed key. cache: a
-        KVCache that this call extends.
+        decoding.KVCache that this call extends.
         """
         c, (b, s) = self.config, tokens.shape
         start = cache.length if cache is not None else 0
@@ -382,7 +380,7 @@ class GPT(nn.Module):
             pool = pools[len(routings)] if isinstance(block.ffn, moe.MoE) else None
             args = x, pool, rope, seeds, token_ids, cache, keep_activations
             if self.recompute and torch.is_grad_enabled():
-                x, routing, kept = checkpoint(block, *args, use_reentrant=False)
+                x, routing, kept = recomputed(block, *args, use_reentrant=False)
             else:
                 x, routing, kept = block(*args)
             if routing is not None:
@@ -400,48 +398,11 @@ class GPT(nn.Module):
         return (None if learn else logits), loss
 
     def update_balance(self, stats: dict, step: int | None = None) -> None:
-        """Move selection biases and the like: once a step, by stats of all its tokens.
-
-        step: how many are done; UniPool-lock's schedule stands still without.
-        """
+        """Move selection biases and the like: once a step, by stats of all its tokens. step: how
+        many are done; UniPool-lock's schedule stands still without."""
         auxiliary.update_balance(self.config, self.expert_layers(), self.paths, stats, step)
 
-    def routing_columns(self, stats: dict) -> dict[str, float]:
-        """What the log says of a step's routing (losses.log_columns)."""
-        return auxiliary.log_columns(self.config, stats)
-
-    # ---- inference
-
-    def set_samples(self, n_samples: int | None = None, mean: bool | None = None) -> None:
-        """infmoe, for inference: another K, or z = mu (mean=False: as trained again)."""
-        flavour = self.config.flavour
-        rules.check([
-            (flavour == "infmoe", f"flavour={flavour} draws no samples: set_samples is for infmoe"),
-            (n_samples is None or n_samples >= 1, f"n_samples={n_samples} must be at least 1")])
-        for module in self.modules():
-            if isinstance(module, moe.GaussianRouter):
-                module.n_samples = n_samples or module.n_samples
-                if mean is not None:  # a router trained without Sigma has only its mean
-                    module.mean = mean or module.logvar is None
-
-    @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 generator=None, use_cache=True):
-        """tokens (B, S) -> yields max_new_tokens tensors (B, 1).
-
-        Past block_size the context slides: its oldest half is dropped and the rest runs again.
-        """
-        size, weight, cache = self.config.block_size, self.wte.weight, None
-        for _ in range(max_new_tokens):
-            if tokens.shape[1] > size:
-                tokens, cache = tokens[:, -max(1, size // 2):], None
-            new = tokens if cache is None else tokens[:, -1:]
-            if use_cache and cache is None:
-                cache = KVCache(self.config, len(tokens), weight.device, weight.dtype)
-            logits = self(new, cache=cache).logits[:, -1]  # (B, V)
-            token = sample_token(logits, temperature, top_k, top_p, generator)
-            yield token
-            tokens = torch.cat((tokens, token), dim=1)
+    set_samples, generate = decoding.set_samples, decoding.generate  # inference
 
     @classmethod
     def from_checkpoint(cls, folder, device="cpu") -> "GPT":
@@ -458,15 +419,9 @@ class GPT(nn.Module):
         return hf.load(name_or_dir)
 
 
-def load_checkpoint(path):
-    """The dictionary in a checkpoint file, checked; see support.checkpoint.load."""
-    return checkpoints.load(path, ModelConfig, GPT)
-
-
-def main():
-    from support.weigh import main  # lazily: it imports this file
-    main(__doc__)
+load_checkpoint = functools.partial(checkpoint.load, config_class=ModelConfig, model_class=GPT)
 
 
 if __name__ == "__main__":
-    main()
+    from support.weigh import main  # it imports this file
+    main(__doc__)

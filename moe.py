@@ -134,9 +134,8 @@ class SigmoidRouter(Router):
 class NormRouter(Router):
     """UniPool, after KERN: s = sigma * c * relu(z / ||z||), z = W_r x.
 
-    The length of x and of W_r's rows cancels, so routers at all depths score on the same scale. A
-    token with fewer than K positive logits chooses zero-score experts too, by ties: their gate is
-    0, yet they count as chosen in f.
+    The length of x and of W_r's rows cancels: routers at all depths score on one scale. Tokens with
+    fewer than K positive logits choose zero-score experts too, by ties: gate 0, yet counted in f.
     """
 
     def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
@@ -177,9 +176,8 @@ class ReluRouter(Router):
 
     top_k is the wanted average. The layer loss of such scores is an L1 norm, heavier on busy
     experts; after each step its coefficient is multiplied or divided by 1.2 to approach that
-    average (support/auxiliary.py). [ours]:
-    counts of a layer divided by their own sum in that loss, and all experts computed, idle ones
-    with gate 0, so that no shape depends on values.
+    average (support/auxiliary.py). [ours]: counts of a layer divided by their own sum in that loss,
+    and all experts computed, idle ones with gate 0, so that no shape depends on values.
     """
     zero_is_idle, supports = True, frozenset({*BALANCES, "z"})
 
@@ -387,8 +385,7 @@ class GaussianRouter(nn.Module):
     mu and logvar are linear in x, or share one hidden layer. n_components > 1 makes it a mixture
     of Gaussians, its component drawn by straight-through Gumbel-softmax [ours]. stream numbers
     this router's noise. mean: z = mu, and no Sigma is made, as DDP would wait for the gradient of
-    an unused parameter. GPT.set_samples may change n_samples and mean of a trained router. A layer
-    calls it through CodeRouter (support/deep.py), even where its FFN has one hidden layer.
+    an unused parameter. A layer calls it through CodeRouter (support/deep.py), also at depth 1.
     """
 
     def __init__(self, d_in: int, dz: int, n_samples: int, n_components: int = 1,
@@ -496,10 +493,8 @@ class ContinuousBank(nn.Module):
             nn.init.normal_(w, std=w.shape[1] ** -0.5)  # W_z z starts at unit variance [ours]
 
     def n_active(self, n_choices: list[int]) -> int:
-        """Parameters that a token uses at most: the share min(1, masks * N) of rows and columns.
-
-        n_choices: masks that a token has in each hidden layer (1 where z = mu).
-        """
+        """Parameters that a token uses at most: the share min(1, masks * N) of rows and columns;
+        n_choices: masks that it has in each hidden layer (1 where z = mu)."""
         share = [1.0]  # of the input, then of each hidden layer
         for masks, rate in zip(n_choices, self.rates):
             share.append(1.0 if rate is None else min(1.0, masks * rate))

@@ -10,8 +10,7 @@
 A document is a JSON line, a parquet row, a source file (at most a megabyte of it) or a few
 paragraphs of a .txt, and an end-of-text token stands before each. A hash of its text decides
 which documents are held out, so no copy of a validation document is ever trained on. The work
-goes on in OUT_DIR.unfinished, which becomes OUT_DIR once it is whole; the same command resumes
-a killed one.
+goes on in OUT_DIR.unfinished, which becomes OUT_DIR once whole; the same command resumes it.
 """
 
 import signal
@@ -35,7 +34,6 @@ from tqdm import tqdm
 from configurator import fail, parse
 from support import folders, shards
 from support.files import write_atomically
-from support.folders import beside, is_shard, load_meta
 from support.shards import ShardWriter, file_sha256
 from support.sources import (
     HUB,
@@ -147,7 +145,7 @@ class Preparation:
     def made(self, split):
         """-> {name: {"tokens", "sha256"}}, of "train", "val" or "train|val"."""
         every = [item for part in self.parts for item in part["shards"].items()]
-        return {name: shard for name, shard in every if is_shard(name, split)}
+        return {name: shard for name, shard in every if folders.is_shard(name, split)}
 
     def tokens(self, split):
         return sum(shard["tokens"] for shard in self.made(split).values())
@@ -250,7 +248,7 @@ def made_before(out_dir, settings, overwrite):
     folders.check_ours(out_dir, (folders.LOCK,) if overwrite else (folders.LOCK, "meta.json"))
     if overwrite or not out_dir.exists() or not list(out_dir.iterdir()):
         return None
-    meta = load_meta(out_dir)
+    meta = folders.load_meta(out_dir)
     if not folders.KINDS.keys() - {"tokenizer_sha256"} <= meta.keys():
         raise ValueError(f"{out_dir / 'meta.json'} is incomplete: --overwrite")
     if meta["settings"] != settings:
@@ -293,8 +291,8 @@ def prepare(sources: list[str], config: DataConfig):
     workers = config.workers or os.cpu_count()
     if config.dry_run:
         return out_dir, estimate(files, tokenizer, workers, config)
-    work = beside(out_dir, "unfinished")
-    folders.check_ours(beside(out_dir, "replaced"))
+    work = folders.beside(out_dir, "unfinished")
+    folders.check_ours(folders.beside(out_dir, "replaced"))
     with folders.locked(work):
         preparation = Preparation(work, settings, group(files))
         tokenize_part = lambda *args: Preparation.tokenize_part(*args, tokenizer, workers)
@@ -306,7 +304,7 @@ def prepare(sources: list[str], config: DataConfig):
         else:
             preparation.finish(tokenizer)
             folders.put_in_place(work, out_dir)
-        return out_dir, meta or load_meta(out_dir)
+        return out_dir, meta or folders.load_meta(out_dir)
 
 
 def default_folder(source, spec):

@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import parse
 from model import GPT, ModelConfig
 from support import budget, checkpoint, cpu, experts_over_ranks, files, folder, machine, rules
+from support.auxiliary import log_columns
 from support.report import (
     CollapseWatch,
     describe,
@@ -382,7 +383,7 @@ def loop(trainer, first, before, stop, ready, trackers, bar, say):
         if stats:
             row["aux_loss"] = aux
         if trackers and (val_loss is not None or due(step, c.log_every, c)):
-            row |= trainer.model.routing_columns(stats)
+            row |= log_columns(trainer.model.config, stats)
             watch(stats)
             for tracker in trackers:
                 tracker(row)

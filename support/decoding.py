@@ -1,4 +1,4 @@
-"""For generation: the KV cache, and the choice of the next token.
+"""Inference: the KV cache, the choice of the next token, and two methods of GPT's.
 
 Letters: B sequences, S positions, G key/value heads, d head width, V vocabulary.
 """
@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from support import rules
 
 
 class KVCache:
@@ -40,3 +42,39 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         outside = torch.zeros_like(outside).scatter(1, order, outside)  # in the order of ids
         logits = logits.masked_fill(outside, -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+@torch.no_grad()
+def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+             generator=None, use_cache=True):
+    """tokens (B, S) -> yields max_new_tokens tensors (B, 1).
+
+    Past block_size the context slides: its oldest half is dropped and the rest runs again.
+    """
+    size, weight, cache = model.config.block_size, model.wte.weight, None
+    for _ in range(max_new_tokens):
+        if tokens.shape[1] > size:
+            tokens, cache = tokens[:, -max(1, size // 2):], None
+        new = tokens if cache is None else tokens[:, -1:]
+        if use_cache and cache is None:
+            cache = KVCache(model.config, len(tokens), weight.device, weight.dtype)
+        logits = model(new, cache=cache).logits[:, -1]  # (B, V)
+        token = sample_token(logits, temperature, top_k, top_p, generator)
+        yield token
+        tokens = torch.cat((tokens, token), dim=1)
+
+
+def set_samples(model, n_samples: int | None = None, mean: bool | None = None) -> None:
+    """infmoe: another K than in training, or z = mu (mean=False: as trained again)."""
+    flavour, n = model.config.flavour, 1 if n_samples is None else n_samples
+    rules.check([
+        (flavour == "infmoe", f"flavour={flavour} draws no samples: set_samples is for infmoe"),
+        (n >= 1, f"n_samples={n} must be at least 1")])
+    most = 2**30 // (model.config.block_size * model.config.d_expert)
+    rules.check([(n <= most, f"n_samples={n}: at most {most} of their masks over the whole context "
+                             "fit into 4 GB")])
+    for layer, _ in model.expert_layers():
+        for router in layer.router.densities.values():
+            router.n_samples = n_samples or router.n_samples
+            if mean is not None:  # a router trained without Sigma has only its mean
+                router.mean = mean or router.logvar is None

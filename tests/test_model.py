@@ -277,7 +277,7 @@ def check_random_configurations(overrides):
     optimizer.step()
     output = model(tokens, tokens)
     model.update_balance(output.stats)
-    assert all(math.isfinite(v) for v in model.routing_columns(output.stats).values())
+    assert all(math.isfinite(v) for v in auxiliary.log_columns(model.config, output.stats).values())
     assert all(p.isfinite().all() for p in model.parameters())
     logits = model.eval()(tokens[:, :3]).logits
     assert logits.shape == (2, 3, config.vocab_size) and logits.isfinite().all()
@@ -688,11 +688,13 @@ def test_path_estimates_are_a_running_mean_of_transitions():
 def test_routing_columns_by_hand():
     """Means over banks; a pool's counts are added over its layers before."""
     counts = [[8, 0, 0, 0], [2, 2, 2, 2]]
-    private = build(flavour="switch", n_experts=4).routing_columns(stats_of(counts, entropy=0.3))
+    private = auxiliary.log_columns(
+        ModelConfig(flavour="switch", n_experts=4, n_layer=2), stats_of(counts, entropy=0.3))
     assert private == pytest.approx({"imbalance": 2.5, "entropy": 0.3, "max_share": 2.5,
                                      "dead_share": 0.375})
     # [10, 2, 2, 2] of 16
-    pooled = build(flavour="unipool", n_experts=4).routing_columns(stats_of(counts, entropy=0.3))
+    pooled = auxiliary.log_columns(
+        ModelConfig(flavour="unipool", n_experts=4, n_layer=2), stats_of(counts, entropy=0.3))
     assert pooled == pytest.approx({"imbalance": 4 * 112 / 256, "entropy": 0.3, "max_share": 2.5,
                                     "dead_share": 0})
 
@@ -706,7 +708,7 @@ def test_infmoe_columns_against_the_codes(overrides):
     for density in [m for m in model.modules() if isinstance(m, moe.GaussianRouter)]:
         nn.init.normal_(density.logvar.bias)
     output = model(tokens, tokens, return_routings=True)
-    columns = model.routing_columns(output.stats)
+    columns = auxiliary.log_columns(model.config, output.stats)
     codes = [c for layer in output.routings for c in layer]
     sigma = torch.stack([(c.logvar / 2).exp().mean() for c in codes]).mean()
     assert columns["sigma"] == pytest.approx(sigma.item(), rel=1e-4)

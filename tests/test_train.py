@@ -39,7 +39,7 @@ from train_helpers import (
 
 import train
 from model import GPT, ModelConfig, load_checkpoint
-from support import budget, machine, report
+from support import auxiliary, budget, machine, report
 from support.shards import ShardReader, write_shard
 from support.tokenizer import get_tokenizer
 
@@ -244,7 +244,7 @@ def test_log_contract(data, tmp_path):
     assert columns[:8] == ["step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm",
                            "tokens_per_second"]
     model, tokens = GPT.from_checkpoint(out).train(), torch.zeros(1, 16, dtype=torch.int64)
-    routing = model.routing_columns(model(tokens, tokens).stats)
+    routing = auxiliary.log_columns(model.config, model(tokens, tokens).stats)
     assert columns[8:] == ["aux_loss", *routing] and {"entropy", "dead_share"} < routing.keys()
     assert [r["step"] for r in rows] == ["3", "4", "6", "7"]  # every 4th, each validation, the last
     assert [bool(r["val_loss"]) for r in rows] == [True, False, True, True]

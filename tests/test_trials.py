@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,12 @@ import prepare_data
 import probe
 import sample
 import train
-from support import files, report
+from support import files, report, weigh
 
 SMALL = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_size=32", "--micro_batch=4",
          "--batch_tokens=128", "--max_steps=3", "--eval_tokens=128", "--warmup_steps=0", "--quiet"]
 MAINS = {"train": train.main, "probe": probe.main, "sample": sample.main,
-         "prepare_data": prepare_data.main, "model": model.main}
+         "prepare_data": prepare_data.main, "model": partial(weigh.main, model.__doc__)}
 
 
 @pytest.fixture
