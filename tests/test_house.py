@@ -77,3 +77,13 @@ def test_every_file_that_is_named_is_there():
             if name not in ours:
                 missing.append(f"{page.name}: {name}")
     assert not missing
+
+
+SIZES = dict(moe=560, losses=240, model=430, train=430, prepare_data=340, sample=120, probe=520,
+             kernels=540, configurator=140)  # lines; all of it is read as one tutorial
+
+
+def test_rooms_stay_small():
+    lines = {room: len((ROOT / f"{room}.py").read_text().splitlines()) for room in SIZES}
+    assert not {room: n for room, n in lines.items() if n > SIZES[room]}
+    assert sum(lines.values()) <= 3300
