@@ -13,6 +13,7 @@ OLMoE blocks are references, too.
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import operator
 import statistics
@@ -486,8 +487,9 @@ def write_page(out):
         table.append(f"| {' | '.join([what, reference, reach, *cells])} |")
     page = Path(out, "cpu.md")
     text = page.read_text().splitlines() if page.exists() else ["# On a CPU", "", "|"]
-    places = [i for i, line in enumerate(text) if line.startswith("|")]
-    text[places[0]:places[-1] + 1] = table
+    first = next(i for i, line in enumerate(text) if line.startswith("|"))
+    old = list(itertools.takewhile(lambda line: line.startswith("|"), text[first:]))
+    text[first:first + len(old)] = table  # the page's other tables are written by hand
     page.write_text("\n".join(text) + "\n")
 
 
