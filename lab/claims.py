@@ -213,13 +213,17 @@ def report_lines(size, records):
     yield "\nBeside them (p by itself):\n\n" + head_of(*columns[:-2], "p")
     for *row, d, _, _ in judged(records, BESIDE, size):
         yield claim_row(*row, d, f"{p_value(d):.2g}" if d else "not run yet")
+    if again := list(repeated(records, main, size)):
+        yield f"\nAgain, with fresh seeds (beyond {SEEDS[size]}; they count nowhere else):\n"
+        yield head_of("claim", "difference", "n", "within the 95 % above")
+        yield from again
     yield PUBLISHED + "\n## From how many tokens on, at which width and depth?\n"
     yield picture("gaps", "Differences against tokens")
     yield head_of("difference", "first", "last", "below zero (95 %) from")
     yield from (gap_row(pair, gap(records, pair, size)) for pair in GAPS)
     yield "\n" + picture("grid", "Differences by width and depth, rates not tuned for each")
     yield picture("curves", "The sweep, samples at inference, dz, the router in training")
-    yield from run_lines(records)
+    yield from run_lines(records, size)
     yield "\n## Explorations, one seed, no verdict\n\n" + head_of("run", "beside", "difference")
     for name, (other, _) in reproduce.EXPLORED.items():
         pair = [records.get((n, 1)) for n in (name, other)]
@@ -228,6 +232,17 @@ def report_lines(size, records):
     if tuned:
         yield "\n## Rates\n\n" + head_of("family", "mean losses of three seeds", "used")
         yield from (sweep_row(records, size, family) for family in SWEPT)
+
+
+def repeated(records, main, size):
+    """Rows of the claims whose sides were both run with further seeds."""
+    for claim, _, _, d, *_ in main:
+        sides = [[r["val_loss"] for s, r in runs_of(records, side).items() if s > SEEDS[size]]
+                 for side in (claim.left, claim.right)]
+        if d and all(sides):
+            difference, (low, high) = mean(sides[0]) - mean(sides[1]), interval(d)
+            inside = "yes" if low <= difference <= high else "no"
+            yield row_of(claim.text, f"{difference:+.4f}", min(map(len, sides)), inside)
 
 
 def gap_row(pair, found):
@@ -247,12 +262,12 @@ def sweep_row(records, size, family):
     return row_of(family, shown or f"{len(missing)} runs to go", f"{rate:g}" if rate else "")
 
 
-def run_lines(records):
+def run_lines(records, size):
     yield ("\n## Runs\n\nFLOPs a byte of training, in millions: 6 N_active + 12 L D S; and what is "
            "executed (infinity-MoE computes its whole wide FFN in training).\n")
     yield head_of("run", "loss", "n", "rate", "stored", "active", "FLOPs", "executed", *MEASURES)
     for name in reproduce.EXPERIMENTS:
-        if not (mine := list(runs_of(records, name).values())):
+        if not (mine := list(runs_of(records, name, SEEDS[size]).values())):
             continue
         r, measured = mine[0], [m["measures"] for m in mine]
         idle = (r["n_params"] - r["n_active_params"]) * (r["settings"]["flavour"] == "infmoe")

@@ -268,6 +268,22 @@ def test_only_pairs_and_fixed_seeds_count():
     assert (left, right) == ([3.0, 4.0], [3.5, 4.5]) and d.mean == -0.5
 
 
+@pytest.mark.parametrize("again, inside", [(1.91, "yes"), (1.5, "no")])
+def test_fresh_seeds_repeat_a_claim_and_count_nowhere_else(again, inside):
+    for seed in range(1, 13):
+        write_record("dense", seed, 2.0 + seed % 3 / 100)
+        write_record("vanilla", seed, 1.9 + seed % 5 / 100)
+    before = claims.judged(reproduce.load_records("cpu"), claims.CLAIMS, "cpu")
+    assert not list(claims.repeated(reproduce.load_records("cpu"), before, "cpu"))
+    for seed in (21, 22):
+        write_record("dense", seed, 2.0)
+        write_record("vanilla", seed, again)
+    records = reproduce.load_records("cpu")
+    assert claims.judged(records, claims.CLAIMS, "cpu") == before
+    assert list(claims.repeated(records, before, "cpu")) == [
+        f"| MoE below dense, equal active | {again - 2:+.4f} | 2 | {inside} |"]
+
+
 def test_records_of_other_settings_are_left_out_and_doubles_count_once():
     write_record("dense", 1, 2.0)
     write_record("dense", 1, 3.0)
