@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lab import plots, reproduce
 from lab.reproduce import SEEDS, SIZES, SWEPT, UNTUNED
-from lab.statistics import holm, interval, p_value, paired, verdict, welch
+from lab.statistics import difference, holm, verdict
 from support.files import write_atomically
 
 
@@ -73,8 +73,8 @@ def judged(records, claims, size):
             both = sorted(sides[0].keys() & sides[1].keys())
             sides = [{seed: side[seed] for seed in both} for side in sides]
         left, right = (list(side.values()) for side in sides)
-        rows.append((claim, left, right, (paired if claim.paired else welch)(left, right)))
-    adjusted = holm([p_value(d) if d else 1.0 for *_, d in rows])
+        rows.append((claim, left, right, difference(left, right, claim.paired)))
+    adjusted = holm([d.p if d else 1.0 for *_, d in rows])
     so_far = lambda left, right: "so far: " * (0 < min(len(left), len(right)) < seeds)
     return [(c, left, right, d, p, so_far(left, right) + verdict(d, p, c.margin))
             for (c, left, right, d), p in zip(rows, adjusted)]
@@ -87,8 +87,8 @@ def gap(records, pair, size):
         return []
     rows = []
     for a, b in zip(*(zip(*runs) for runs in curves)):
-        d = welch([loss for _, loss in a], [loss for _, loss in b])
-        rows.append((a[0][0], d.mean, interval(d)[1] - d.mean))
+        d = difference([loss for _, loss in a], [loss for _, loss in b])
+        rows.append((a[0][0], d.mean, d.interval[1] - d.mean))
     return rows
 
 
@@ -159,7 +159,7 @@ def head_of(*cells):
 def claim_row(claim, left, right, d, *last):
     sides = [f"`{side}` {spread(found)}" if found else f"`{side}`"
              for side, found in ((claim.left, left), (claim.right, right))]
-    shown = f"{d.mean:+.4f} [{interval(d)[0]:+.4f}, {interval(d)[1]:+.4f}]" if d else ""
+    shown = f"{d.mean:+.4f} [{d.interval[0]:+.4f}, {d.interval[1]:+.4f}]" if d else ""
     return row_of(claim.text, *sides, shown, min(len(left), len(right)), *last)
 
 
@@ -212,10 +212,10 @@ def report_lines(size, records):
         yield claim_row(*row, d, f"{p:.2g}" if d else "", decided)
     yield "\nBeside them (p by itself):\n\n" + head_of(*columns[:-2], "p")
     for *row, d, _, _ in judged(records, BESIDE, size):
-        yield claim_row(*row, d, f"{p_value(d):.2g}" if d else "not run yet")
+        yield claim_row(*row, d, f"{d.p:.2g}" if d else "not run yet")
     if again := list(repeated(records, main, size)):
         yield f"\nAgain, with fresh seeds (beyond {SEEDS[size]}; they count nowhere else):\n"
-        yield head_of("claim", "difference", "n", "within the 95 % above")
+        yield head_of("claim", "difference, 95 %", "n", "within the interval above")
         yield from again
     yield PUBLISHED + "\n## From how many tokens on, at which width and depth?\n"
     yield picture("gaps", "Differences against tokens")
@@ -239,10 +239,11 @@ def repeated(records, main, size):
     for claim, _, _, d, *_ in main:
         sides = [[r["val_loss"] for s, r in runs_of(records, side).items() if s > SEEDS[size]]
                  for side in (claim.left, claim.right)]
-        if d and all(sides):
-            difference, (low, high) = mean(sides[0]) - mean(sides[1]), interval(d)
-            inside = "yes" if low <= difference <= high else "no"
-            yield row_of(claim.text, f"{difference:+.4f}", min(map(len, sides)), inside)
+        if d and min(map(len, sides)) > 1:
+            again, (low, high) = difference(*sides, claim.paired), d.interval
+            shown = f"{again.mean:+.4f} [{again.interval[0]:+.4f}, {again.interval[1]:+.4f}]"
+            inside = "yes" if low <= again.mean <= high else "no"
+            yield row_of(claim.text, shown, min(map(len, sides)), inside)
 
 
 def gap_row(pair, found):

@@ -1,7 +1,7 @@
 """The figures of results/claims.md: functions of plain numbers that return a matplotlib figure."""
 from functools import partial
 
-from lab.statistics import interval, parabola_minimum
+from lab.statistics import parabola_minimum
 from support.figures import COLOURS, pyplot
 from support.files import write_atomically
 
@@ -43,7 +43,7 @@ def forest(rows):
     for y, (*_, d, _, decided) in enumerate(rows):
         kind = next(kind for kind in MARKS if decided.removeprefix("so far: ").startswith(kind))
         axes.plot(d.mean if d else 0, y, color=BLUE, ls="", **MARKS[kind])
-        axes.plot(interval(d) if d else (0, 0), (y, y), color=BLUE, zorder=1)
+        axes.plot(d.interval if d else (0, 0), (y, y), color=BLUE, zorder=1)
     labels = [f"{claim.text}  (n = {min(len(a), len(b))})" for claim, a, b, *_ in rows]
     finish(axes, xlabel="difference in loss, nats a byte, 95 %; left of 0: as claimed",
            yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.4, -0.6))

@@ -1,78 +1,36 @@
-"""The statistics of results/claims.md, without a library: tests, intervals and verdicts.
+"""The statistics of results/claims.md, by scipy: tests, intervals and verdicts.
 
 Welch (Biometrika 34, 1947), Holm (Scand. J. Statist. 6, 1979), two one-sided tests of equivalence
-(Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987). tests/test_statistics.py compares with scipy and
-statsmodels.
+(Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987).
 """
-import functools
 import math
-from statistics import mean, variance
+from statistics import mean
 from typing import NamedTuple
 
-import numpy as np
+from support.usage import optional
 
 
 class Difference(NamedTuple):
-    """Of two means: left - right, its standard error, degrees of freedom, runs on each side."""
+    """Of two means: left - right; p, two-sided, of no difference; and intervals."""
     mean: float
-    error: float
-    freedom: float
-    n: int
+    p: float
+    interval: tuple[float, float]  # 95 %
+    inner: tuple[float, float]  # 90 %
 
 
-def welch(left: list, right: list) -> Difference | None:
-    """Unpaired, each side with its own variance; None for fewer than two values on a side."""
+def difference(left: list, right: list, paired: bool = False) -> Difference | None:
+    """By Welch's t-test, or paired: left[i] and right[i] belong together. None for fewer than two
+    values on a side."""
     if min(len(left), len(right)) < 2:
         return None
-    a, b = variance(left) / len(left), variance(right) / len(right)
-    freedom = (a + b) ** 2 / (a**2 / (len(left) - 1) + b**2 / (len(right) - 1) or math.inf)
-    return Difference(mean(left) - mean(right), math.sqrt(a + b), freedom or 1,
-                      min(len(left), len(right)))
-
-
-def paired(left: list, right: list) -> Difference | None:
-    """left[i] and right[i] belong together."""
-    d = [x - y for x, y in zip(left, right, strict=True)]
-    if len(d) < 2:
-        return None
-    return Difference(mean(d), math.sqrt(variance(d) / len(d)), len(d) - 1, len(d))
-
-
-gauss = functools.cache(np.polynomial.legendre.leggauss)  # points and weights of the integral
-
-
-def t_tail(t: float, freedom: float) -> float:
-    """P(T > t) of Student's t. With t = sqrt(freedom) tan a its density is cos(a)^(freedom - 1)."""
-    if t < 0:
-        return 1 - t_tail(-t, freedom)
-    x, w = gauss(200)
-    start = math.atan(t / math.sqrt(freedom))
-    mass = lambda a, b: (b - a) / 2 * float(
-        w @ np.cos((b - a) / 2 * x + (a + b) / 2) ** (freedom - 1))
-    return mass(start, math.pi / 2) / (2 * mass(0, math.pi / 2))
-
-
-def t_quantile(p: float, freedom: float) -> float:
-    """t with P(T > t) = p <= 0.5, by bisection."""
-    low, high = 0.0, 1.0
-    while t_tail(high, freedom) > p:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, freedom) > p else (low, middle)
-    return high
-
-
-def p_value(d: Difference) -> float:
-    """Two-sided, of no difference."""
-    if not d.error:
-        return float(not d.mean)
-    return 2 * t_tail(abs(d.mean) / d.error, d.freedom)
-
-
-def interval(d: Difference, level: float = 0.95) -> tuple[float, float]:
-    margin = t_quantile((1 - level) / 2, d.freedom) * d.error
-    return d.mean - margin, d.mean + margin
+    stats = optional("scipy.stats", "report")
+    if paired:
+        test = stats.ttest_rel(left, right)
+    else:
+        test = stats.ttest_ind(left, right, equal_var=False)
+    p = 1.0 if math.isnan(test.pvalue) else float(test.pvalue)  # nan: all values are the same
+    inner, outer = (tuple(map(float, test.confidence_interval(level))) for level in (0.90, 0.95))
+    return Difference(mean(left) - mean(right), p, outer, inner)
 
 
 def holm(p_values: list) -> list:
@@ -92,7 +50,7 @@ def verdict(d: Difference | None, p_adjusted: float, margin: float) -> str:
     """
     if d is None:
         return "not run yet"
-    low, high = interval(d, 0.90)
+    low, high = d.inner
     small = -margin < low and high < margin
     if p_adjusted < 0.05:
         words = "holds" if d.mean < 0 else "does not hold"

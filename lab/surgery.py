@@ -23,6 +23,7 @@ import probe
 from configurator import parse
 from model import GPT
 from support import hf
+from support.routers import hooked
 from support.usage import one_line
 
 
@@ -51,30 +52,26 @@ def load(config):
 def study(subject, config):
     """-> used (L, E) tokens of each layer's experts, saliency sums (L, E), uses: L (T, E) bool."""
     layers, seen = subject.model.expert_layers(), []
-    hooks = [layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out[1])))
-             for layer, _ in layers]
+    keep = lambda _, args, out: seen.append((args[0], out[1]))
     n = subject.model.config.n_experts
     used, saliency, uses = torch.zeros(len(layers), n), torch.zeros(len(layers), n), []
-    try:
-        for batch in probe.batches(subject, config, "what experts do"):
-            seen.clear()
+    for batch in probe.batches(subject, config, "what experts do"):
+        seen.clear()
+        with hooked([(layer, keep) for layer, _ in layers]):
             subject.model(batch[:, :-1])
-            for i, ((layer, bank), (x, routing)) in enumerate(zip(layers, seen)):
-                x = x if layer.depth is None else x + layer.depth.weight
-                works = worked(layer, routing)
-                for e in range(n):
-                    token, choice = ((routing.ids == e) & works).nonzero(as_tuple=True)
-                    act = moe.activate(x[token] @ bank.w_in[e].T, bank.activation)
-                    size = (act @ bank.w_out[e].T).norm(dim=-1)  # (tokens of e,)
-                    saliency[i, e] += (routing.weights[token, choice] * size).sum().cpu()
-                    used[i, e] += len(token)
-            uses.append([
-                torch.zeros(len(r.ids), n, dtype=torch.bool).scatter(
-                    1, r.ids.cpu(), worked(layer, r).cpu())
-                for (layer, _), (_, r) in zip(layers, seen)])
-    finally:
-        for hook in hooks:
-            hook.remove()
+        for i, ((layer, bank), (x, routing)) in enumerate(zip(layers, seen)):
+            x = x if layer.depth is None else x + layer.depth.weight
+            works = worked(layer, routing)
+            for e in range(n):
+                token, choice = ((routing.ids == e) & works).nonzero(as_tuple=True)
+                act = moe.activate(x[token] @ bank.w_in[e].T, bank.activation)
+                size = (act @ bank.w_out[e].T).norm(dim=-1)  # (tokens of e,)
+                saliency[i, e] += (routing.weights[token, choice] * size).sum().cpu()
+                used[i, e] += len(token)
+        uses.append([
+            torch.zeros(len(r.ids), n, dtype=torch.bool).scatter(
+                1, r.ids.cpu(), worked(layer, r).cpu())
+            for (layer, _), (_, r) in zip(layers, seen)])
     return used, saliency, [torch.cat(parts) for parts in zip(*uses)]
 
 

@@ -276,12 +276,13 @@ def test_fresh_seeds_repeat_a_claim_and_count_nowhere_else(again, inside):
     before = claims.judged(reproduce.load_records("cpu"), claims.CLAIMS, "cpu")
     assert not list(claims.repeated(reproduce.load_records("cpu"), before, "cpu"))
     for seed in (21, 22):
-        write_record("dense", seed, 2.0)
-        write_record("vanilla", seed, again)
+        write_record("dense", seed, 2.0 + seed % 2 / 100)
+        write_record("vanilla", seed, again + seed % 2 / 100)
     records = reproduce.load_records("cpu")
     assert claims.judged(records, claims.CLAIMS, "cpu") == before
-    assert list(claims.repeated(records, before, "cpu")) == [
-        f"| MoE below dense, equal active | {again - 2:+.4f} | 2 | {inside} |"]
+    row, = claims.repeated(records, before, "cpu")
+    assert row.startswith(f"| MoE below dense, equal active | {again - 2:+.4f} [")
+    assert row.endswith(f"] | 2 | {inside} |")
 
 
 def test_records_of_other_settings_are_left_out_and_doubles_count_once():
