@@ -1,6 +1,7 @@
 """A folder of shards: its meta.json, its names, and the lock under which it is made."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -41,6 +42,9 @@ def load_meta(folder):
             meta["tokenizer"] = str(folder.resolve() / meta["tokenizer"])
         name = Path(meta["tokenizer"])
         known = name.suffix in (".tiktoken", ".json") and name.is_file()
+        expected = meta.get("tokenizer_sha256")
+        if known and expected and hashlib.sha256(name.read_bytes()).hexdigest() != expected:
+            raise ValueError(f"{name} is not the tokenizer that the data was made with: SHA-256")
         if not known and str(name) not in ("bytes", "gpt2"):
             raise ValueError(f"tokenizer {str(name)!r:.80} is neither bytes nor gpt2, nor a file")
         return meta

@@ -120,11 +120,9 @@ def cut_whitespace(text):
     yield text[start:]
 
 
-def get_tokenizer(spec: str, sha256: str | None = None) -> Tokenizer:
+def get_tokenizer(spec: str) -> Tokenizer:
     """spec: bytes (257 ids), gpt2 (50257), the path of a .tiktoken or tokenizer.json, or hf:NAME.
-
-    sha256: what that file must have, as meta.json keeps it. ValueError for all that is wrong.
-    """
+    ValueError for all that is wrong."""
     if spec == "gpt2":
         return Tokenizer(spec, gpt2_encoding())
     ranks, data, path = {bytes([i]): i for i in range(256)}, None, Path(spec)
@@ -135,8 +133,6 @@ def get_tokenizer(spec: str, sha256: str | None = None) -> Tokenizer:
             raise ValueError(f"no tokenizer '{spec}': bytes, gpt2, hf:NAME_OR_DIR, or the path of "
                              "a .tiktoken or tokenizer.json file")
         data = path.read_bytes()
-    if sha256 is not None and (data is None or hashlib.sha256(data).hexdigest() != sha256):
-        raise ValueError(f"{spec}: not the tokenizer that the data was made with (SHA-256)")
     if path.suffix == ".json":
         return HubTokenizer(spec, data)
     ranks = ranks if data is None else read_ranks(path, data)
