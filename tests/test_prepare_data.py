@@ -225,7 +225,7 @@ def test_changed_rank_file_is_another_preparation(tmp_path, out):
     make(source, out, tokenizer=str(ranks), overwrite=True)
     assert load_meta(out)["tokenizer_sha256"] == hashlib.sha256(ranks.read_bytes()).hexdigest()
     shutil.copy(rank_file(tmp_path / "other.tiktoken", RANKS), out / "tokenizer.tiktoken")
-    with pytest.raises(ValueError, match="tokenizer.tiktoken is not the tokenizer that the data"):
+    with pytest.raises(ValueError, match=r"tokenizer\.tiktoken is not the tokenizer that the data"):
         load_meta(out)
 
 
