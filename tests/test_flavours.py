@@ -352,7 +352,7 @@ def test_update_balance_from_summed_statistics_equals_one_big_batch(overrides):
         assert not whole.requires_grad
     for name in states[0]:
         assert all(torch.allclose(s[name], states[0][name], atol=1e-6) for s in states), name
-    assert model.routing_columns({}) == {}
+    assert auxiliary.log_columns(model.config, {}) == {}
 
 
 # ---- 6. torch.compile without graph breaks, and no waiting for the host.
@@ -403,7 +403,7 @@ def test_the_search_for_host_reads_can_fail():
             model(tokens)
         stats = build(flavour="topk").train()(tokens, tokens).stats
         with pytest.raises(fake_tensor.DataDependentOutputException):
-            model.routing_columns(stats)
+            auxiliary.log_columns(model.config, stats)
 
 
 # ---- 7. Generation with the KV cache is generation without it, past block_size too.

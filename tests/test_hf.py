@@ -4,6 +4,7 @@
   5. fine-tuning
 """
 import base64
+import functools
 import json
 import math
 import subprocess
@@ -25,7 +26,7 @@ from probe_helpers import (
 from train_helpers import call, refused
 
 from model import GPT
-from support import folder, hf
+from support import folder, hf, weigh
 from support.tokenizer import alike, get_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -272,20 +273,20 @@ def test_export_refuses_with_the_reason(settings, words, tmp_path):
 
 def test_command_line(tmp_path, capsys, monkeypatch):
     """python model.py: counts of a config or a checkpoint, its export, mistakes in one line."""
-    import model as model_py
+    command = functools.partial(weigh.main, sys.modules[GPT.__module__].__doc__)
     trained = random_model(**TOPK)
     save_checkpoint(trained, tmp_path, "data/stdlib")
     target = tmp_path / "theirs"
     words = [f"--out_dir={tmp_path}", f"--export={target}"]
-    printed = call(model_py.main, words, monkeypatch, capsys)[1]
+    printed = call(command, words, monkeypatch, capsys)[1]
     assert f"{trained.config.n_params():,}" in printed
     assert f"{trained.config.n_active_params():,}" in printed
     same_logits(trained, transformers.AutoModelForCausalLM.from_pretrained(target).eval())
     assert transformers.AutoTokenizer.from_pretrained(target).eos_token_id == 256
-    printed = call(model_py.main, ["config/unipool_182m.py"], monkeypatch, capsys)[1]
+    printed = call(command, ["config/unipool_182m.py"], monkeypatch, capsys)[1]
     assert "777,898,764" in printed
     for argv, words in (("", "--out_dir"), (f"--out_dir={tmp_path}/no", "no checkpoint")):
-        said = refused(model_py.main, ["--export=x", *argv.split()], monkeypatch, capsys)
+        said = refused(command, ["--export=x", *argv.split()], monkeypatch, capsys)
         assert words in said
 
 
