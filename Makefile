@@ -21,7 +21,7 @@ setup: $(TOOLS)
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet $(TORCH)
 	[ "$$(uname -s)" != Linux ] || .venv/bin/python -m pip install --quiet $(TRITON)
-	.venv/bin/python -m pip install --quiet --editable ".[plot]"
+	.venv/bin/python -m pip install --quiet --editable ".[plot,report]"
 	touch .venv/ready
 
 # What tests need beyond that: pytest, ruff, and every library that results are compared with.
