@@ -141,8 +141,8 @@ def weight_grads(xs, dys, acts, dhs, tokens, all_ends, w_in, w_out):
 
 @functools.cache
 def onednn_beats_mkl():
-    """In fp32 on AMD, where MKL leaves AVX-512 alone: 1.6 to 2.3 times as fast from 64 numbers a
-    row on. On Intel MKL is ahead, by 1.05 to 1.7."""
+    """In fp32 on AMD, where MKL leaves AVX-512 alone: 1.6 to 2.3 times as fast from 128 rows of 256
+    numbers on, little for smaller ones. On Intel MKL is ahead, by 1.05 to 1.7."""
     try:
         with open("/proc/cpuinfo") as f:
             return torch.backends.mkldnn.is_available() and "AuthenticAMD" in f.read()
@@ -151,7 +151,7 @@ def onednn_beats_mkl():
 
 
 def through_onednn(a):
-    """oneDNN refuses products of no rows."""
+    """Whether a's products go there; it refuses those of no rows."""
     fp32_on_cpu = a.device.type == "cpu" and a.dtype == torch.float32
     return fp32_on_cpu and a.numel() > 0 and onednn_beats_mkl()
 
@@ -278,7 +278,6 @@ def thresholds(scores, n_keep):
     ties to the lowest column.
 
     numpy's partition finds the value by vector instructions, 11 to 15 times as fast as kthvalue.
-    (Two threads halve its time, but not the step's: OpenMP's own, after a product, still spins.)
     """
     width, last = scores.shape[-1], scores.shape[-1] - n_keep
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):

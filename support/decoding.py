@@ -71,8 +71,8 @@ def set_samples(model, n_samples: int | None = None, mean: bool | None = None) -
         (flavour == "infmoe", f"flavour={flavour} draws no samples: set_samples is for infmoe"),
         (n >= 1, f"n_samples={n} must be at least 1")])
     most = 2**30 // (model.config.block_size * model.config.d_expert)
-    rules.check([(n <= most, f"n_samples={n}: at most {most} of their masks over the whole context "
-                             "fit into 4 GB")])
+    rules.check([(n <= most, f"infmoe_samples={n}: at most {most} of their masks over the whole "
+                             "context fit into 4 GB")])
     for layer, _ in model.expert_layers():
         for router in layer.router.densities.values():
             router.n_samples = n_samples or router.n_samples

@@ -171,7 +171,7 @@ def test_mistakes_are_one_line(command, option, part):
 
 def test_too_many_samples_and_a_prompt_of_other_bytes(command, tmp_path):
     code, _, err = command("--infmoe_samples=10_000_000", flavour="infmoe")
-    assert code == 2 and err.count("\n") == 1 and "n_samples=10000000: at most" in err
+    assert code == 2 and err.count("\n") == 1 and "infmoe_samples=10000000: at most" in err
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     code, _, err = command(f"--prompt_file={tmp_path / 'latin.txt'}")
     assert code == 2 and "latin.txt is not UTF-8 text" in err and "0xef in position 2" in err
