@@ -402,7 +402,7 @@ class GPT(nn.Module):
         many are done; UniPool-lock's schedule stands still without."""
         auxiliary.update_balance(self.config, self.expert_layers(), self.paths, stats, step)
 
-    set_samples, generate = decoding.set_samples, decoding.generate  # inference
+    set_samples, generate = decoding.set_samples, decoding.generate  # for inference
 
     @classmethod
     def from_checkpoint(cls, folder, device="cpu") -> "GPT":
@@ -419,6 +419,7 @@ class GPT(nn.Module):
         return hf.load(name_or_dir)
 
 
+# path -> the dictionary in a checkpoint file, checked
 load_checkpoint = functools.partial(checkpoint.load, config_class=ModelConfig, model_class=GPT)
 
 

@@ -135,7 +135,7 @@ class NormRouter(Router):
     """UniPool, after KERN: s = sigma * c * relu(z / ||z||), z = W_r x.
 
     The length of x and of W_r's rows cancels: routers at all depths score on one scale. Tokens with
-    fewer than K positive logits choose zero-score experts too, by ties: gate 0, yet counted in f.
+    fewer than K positive logits choose zero-score experts too (ties): gate 0, counted as chosen.
     """
 
     def __init__(self, d_model, n_experts, top_k, norm_topk_prob=False, selection_bias=False):
