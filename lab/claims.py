@@ -6,11 +6,12 @@ one seed, gets numbers and no verdict. `python -m lab.reproduce --report` writes
 import itertools
 from collections import Counter
 from functools import partial
-from statistics import mean, stdev
+from math import nan, sqrt
+from statistics import mean, stdev, variance
 from typing import NamedTuple
 
 from lab import plots, reproduce
-from lab.reproduce import SEEDS, SIZES, SWEPT, UNTUNED
+from lab.reproduce import PRIMARY, SEEDS, SIZES, SWEPT, UNTUNED
 from lab.statistics import difference, holm, verdict
 from support.files import write_atomically
 
@@ -42,6 +43,8 @@ BESIDE = [
     Claim("MoE against dense of equal total", "vanilla", "dense-total"),
     Claim("infinity-MoE against dense (LLaMA)", "infmoe", "dense"),
     Claim("infinity-MoE against top 2 of 4 (LLaMA)", "infmoe", "top2-of-4"),
+    Claim("infinity-MoE's mask, neurons as at the end", "gpt2-infmoe", "gpt2-no-mask-27%"),
+    Claim("infinity-MoE's noise, neurons as at the end", "gpt2-infmoe", "gpt2-no-noise-27%"),
     Claim("What random routing costs", "vanilla:random, all", "unipool:random, all"),
     Claim("the same among its 8 most used", "vanilla:random, all", "unipool:random, matched"),
 ]
@@ -92,6 +95,13 @@ def gap(records, pair, size):
     return rows
 
 
+def between_seeds(records):
+    """What the losses of two seeds of one primary run differ by at most, in 95 % of the cases."""
+    losses = [[r["val_loss"] for r in runs_of(records, name).values()] for name in PRIMARY]
+    spreads = [variance(found) for found in losses if len(found) > 1]
+    return 1.96 * sqrt(2 * mean(spreads)) if spreads else nan
+
+
 def grid_differences(records):
     """{run: {(width, depth): (mean difference to dense over up to three seeds or None, n)}}"""
     found = {name: {} for name in reproduce.GRID_RUNS[1:]}
@@ -124,7 +134,7 @@ Written by `python -m lab.reproduce --report --size={size}` from results/runs.js
    specialization and coupling): the 90 % interval lies within. Else *undecided*.
 7. The intervals shown are 95 %, of each claim by itself.
 8. "Equal neurons": two masks of 25 % overlap, so controls of mask and noise keep {union:.1%} of the
-   neurons, about the masks' union (the column *union* has what was measured).
+   neurons, the masks' union early in training; beside them, {at_end:.0%}, as at its end (*union*).
 9. Machines: {machine}. Text: {data}. Code: {commit}.
 10. Every model here is far below every published scale in the second table: what fails here may
     hold there.
@@ -202,6 +212,7 @@ def report_lines(size, records):
     yield HEAD.format(
         **settings, **counted, size=size, n=len(records), claims=len(CLAIMS), seeds=SEEDS[size],
         tokens=settings["max_steps"] * settings["batch_tokens"] / 1e6, union=reproduce.UNION,
+        at_end=reproduce.UNION_AT_END,
         least=min(min(len(left), len(right)) for _, left, right, *_ in main),
         rates="steps of sqrt 2 on seeds 101 to 103 with half of the tokens, a parabola's minimum "
               "(last table)" if tuned else f"{UNTUNED[size]:g} for all, untuned")
@@ -224,7 +235,9 @@ def report_lines(size, records):
     yield "\n" + picture("grid", "Differences by width and depth, rates not tuned for each")
     yield picture("curves", "The sweep, samples at inference, dz, the router in training")
     yield from run_lines(records, size)
-    yield "\n## Explorations, one seed, no verdict\n\n" + head_of("run", "beside", "difference")
+    yield "\n## Explorations, one seed, no verdict\n"
+    yield f"Two seeds of one run differ by up to {between_seeds(records):.2f} (95 %).\n"
+    yield head_of("run", "beside", "difference")
     for name, (other, _) in reproduce.EXPLORED.items():
         pair = [records.get((n, 1)) for n in (name, other)]
         shown = f"{pair[0]['val_loss'] - pair[1]['val_loss']:+.4f}" if all(pair) else "not run yet"

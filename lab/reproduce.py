@@ -61,7 +61,8 @@ SIZES = {
 SEEDS = {"cpu": 12, "gpu": 3}  # of every primary run, fixed beforehand
 UNTUNED = {"gpu": 1e-3}  # no sweep at this size
 SWEEP_SEEDS = (101, 102, 103)
-UNION = 0.375  # share of the neurons that controls of infmoe keep: what its two masks' union is
+# The share of the neurons that any of a token's two masks keeps: early in training, and at its end.
+UNION, UNION_AT_END = 0.375, 0.27
 
 # Beside fields of ModelConfig: ffn, width: d_ff and d_expert as multiples of the size's d_ff;
 # anneal: infmoe's rate falls from 1 over the first half.
@@ -90,6 +91,9 @@ PRIMARY = {
     "gpt2-infmoe": GPT2_INFMOE,
     "gpt2-no-mask": GPT2_INFMOE | dict(infmoe_rate=1.0, infmoe_mean=True, width=4 * UNION),
     "gpt2-no-noise": GPT2_INFMOE | dict(infmoe_rate=UNION, infmoe_mean=True),
+    "gpt2-no-mask-27%": GPT2_INFMOE | dict(
+        infmoe_rate=1.0, infmoe_mean=True, width=4 * UNION_AT_END),
+    "gpt2-no-noise-27%": GPT2_INFMOE | dict(infmoe_rate=UNION_AT_END, infmoe_mean=True),
     "top2-of-4": TOP2_OF_4,
     "infmoe": INFMOE,
 }
@@ -132,7 +136,7 @@ def at(name, width, depth):
 GRID = {at(name, width, depth): PRIMARY[name] | dict(
             d_model=width, n_head=width // 32, ffn=width / 64, n_layer=depth,
             init_std=0.02 * math.sqrt(768 / width))
-        for name in GRID_RUNS for width in WIDTHS for depth in DEPTHS if (width, depth) != (64, 8)}
+        for width in WIDTHS for depth in DEPTHS for name in GRID_RUNS if (width, depth) != (64, 8)}
 EXPERIMENTS = PRIMARY | {name: differs for name, (_, differs) in EXPLORED.items()} | GRID
 GROUPS = dict(primary=PRIMARY, explored=EXPLORED, grid=GRID)
 SHOWN = {"cpu": EXPERIMENTS, "gpu": ("dense", "vanilla", "unipool", "gpt2-dense", "gpt2-infmoe")}
