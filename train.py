@@ -397,9 +397,9 @@ def loop(trainer, first, before, stop, ready, trackers, bar, say):
             folder.save(trainer, step, time.perf_counter() - began, result["val_loss"])
         if stopped:
             break
-    if step == c.max_steps:
-        return result | {"finished": True, "signal": None}
-    return result | {"finished": False, "signal": stop[0] if stop else signal.SIGTERM}
+    finished = step == c.max_steps
+    number = stop[0] if stop else None if finished else signal.SIGTERM  # another rank's
+    return result | {"finished": finished, "signal": number}
 
 
 def due(step, every, config):

@@ -292,7 +292,7 @@ def learning_rate(records, size, family):
 # ---- one run
 
 def run_one(config, name, seed, lr):
-    """Train (or resume) one run, measure it, append its record. -> is it finished?"""
+    """Train (or resume) one run, measure it, append its record. -> may another run follow?"""
     settings, anneal = settings_of(config.size, name, lr)
     folder, began = folder_of(config.size, name, seed, settings), time.process_time()
     start = "resume" if (folder / "ckpt.pt").exists() else "scratch"
@@ -313,7 +313,7 @@ def run_one(config, name, seed, lr):
         append_record(record | dict(cpu_seconds=seconds if start == "scratch" else None))
         if not config.keep:
             shutil.rmtree(folder, ignore_errors=True)  # none where the first step failed
-    return result["finished"]
+    return not result.get("signal")  # a finished one may have been told to stop, too
 
 
 def falling_rate(train_step):
@@ -463,7 +463,7 @@ def run_all(config):
                     break  # another process has done it meanwhile
                 began = time.monotonic()
                 if not run_one(config, name, seed, lr):
-                    print(f"{name} seed {seed}: stopped, resumes next time")
+                    print(f"{name} seed {seed}: stopped; the next start goes on")
                     return 0 if config.minutes and not late.is_alive() else 128 + signal.SIGTERM
                 loss, took = load_records(config.size)[name, seed]["val_loss"], time.monotonic()
                 print(f"{name} seed {seed}: validation loss {loss:.4f} "

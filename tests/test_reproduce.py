@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -151,6 +152,19 @@ def test_a_stopped_run_goes_on(tiny, monkeypatch):
     assert again["cpu_seconds"] is None  # a part of it was spent elsewhere
 
 
+def test_told_to_stop_in_its_last_step_a_run_is_recorded_and_none_follows(tiny, monkeypatch):
+    honest = train.train_step
+
+    def told_in_the_last_step(run, step):
+        if step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(run, step)
+
+    monkeypatch.setattr(train, "train_step", told_in_the_last_step)
+    assert not reproduce.run_one(CONFIG, "dense", 1, 4e-3)
+    assert ("dense", 1) in reproduce.load_records("cpu")
+
+
 def test_a_checkpoint_of_other_settings_is_not_gone_on_with(tiny, monkeypatch):
     first = record_of("dense", config=reproduce.ReproduceConfig(keep=True))
     monkeypatch.setitem(reproduce.SIZES, "cpu", reproduce.SIZES["cpu"] | dict(max_steps=16))
@@ -209,8 +223,9 @@ def test_the_first_seed_of_all_runs_comes_before_the_second():
     for family in reproduce.SWEPT:
         records = swept(records, family, -1, (-2, -1, 0))
     then = reproduce.todo(CONFIG, records)
-    assert [name for name, *_ in then[:18]] == list(reproduce.PRIMARY) and len(then) == 18 * 12
-    assert {(seed, lr) for _, seed, lr in then[:18]} == {(1, 5.66e-3)}
+    n = len(reproduce.PRIMARY)
+    assert [name for name, *_ in then[:n]] == list(reproduce.PRIMARY) and len(then) == n * 12
+    assert {(seed, lr) for _, seed, lr in then[:n]} == {(1, 5.66e-3)}
     for name, seed, _ in then:
         records[name, seed] = {}
     assert {name for name, *_ in reproduce.todo(CONFIG, records)} == set(reproduce.EXPLORED)
