@@ -45,11 +45,13 @@ BESIDE = [
     Claim("infinity-MoE against top 2 of 4 (LLaMA)", "infmoe", "top2-of-4"),
     Claim("infinity-MoE's mask, neurons as at the end", "gpt2-infmoe", "gpt2-no-mask-27%"),
     Claim("infinity-MoE's noise, neurons as at the end", "gpt2-infmoe", "gpt2-no-noise-27%"),
+    Claim("The mask without noise, against no mask", "gpt2-no-noise", "gpt2-no-mask"),
     Claim("What random routing costs", "vanilla:random, all", "unipool:random, all"),
     Claim("the same among its 8 most used", "vanilla:random, all", "unipool:random, matched"),
 ]
 GAPS = [("vanilla", "dense"), ("dense-total", "dense"), ("unipool", "vanilla"), ("infmoe", "dense"),
-        ("gpt2-infmoe", "gpt2-dense"), ("gpt2-infmoe", "gpt2-top2-of-4")]
+        ("gpt2-infmoe", "gpt2-dense"), ("gpt2-infmoe", "gpt2-top2-of-4"),
+        ("gpt2-infmoe", "gpt2-no-mask"), ("gpt2-infmoe", "gpt2-no-noise")]
 MEASURES = "union", "loss at K=1", "loss at K=8", "loss at z=mu", "random, all", "random, matched"
 
 

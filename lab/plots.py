@@ -58,7 +58,7 @@ def forest(rows):
 
 def gaps(curves):
     """{title: [(tokens, difference, margin)]}: a panel each, the difference against tokens."""
-    figure, panels = pyplot().subplots(2, 3, figsize=(10, 5), layout="constrained", sharex=True)
+    figure, panels = pyplot().subplots(2, 4, figsize=(12, 5), layout="constrained", sharex=True)
     for axes, (title, rows) in zip(panels.flat, curves.items()):
         if rows:
             x, d, margin = ([row[i] for row in rows] for i in range(3))
@@ -69,7 +69,8 @@ def gaps(curves):
                               [y + e for y, e in zip(d, margin)], alpha=0.2, linewidth=0)
             low, high = axes.get_ylim()
             axes.set_ylim(max(-0.15, low), min(0.15, high))  # the first evaluations are far apart
-        finish(axes, title=title, xlabel="tokens, millions", ylabel="nats a byte")
+        finish(axes, xlabel="tokens, millions", ylabel="nats a byte")
+        axes.set_title(title, fontsize=9)
     return figure
 
 
