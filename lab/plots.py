@@ -1,6 +1,8 @@
 """The figures of results/claims.md: functions of plain numbers that return a matplotlib figure."""
 from functools import partial
 
+import numpy
+
 from lab.statistics import parabola_minimum
 from support.figures import COLOURS, pyplot
 from support.files import write_atomically
@@ -75,19 +77,23 @@ def gaps(curves):
 
 
 def grid(found, widths, depths):
-    """{run: {(width, depth): (difference to dense or None, n)}}: a heat map each."""
-    figure, panels = pyplot().subplots(1, len(found), figsize=(10, 3.2), layout="constrained")
+    """{run: {(width, depth): (value or None, n)}}: a heat map each, of the first run its loss, of
+    the others the difference to it."""
+    figure, panels = pyplot().subplots(1, len(found), figsize=(12, 3.2), layout="constrained")
+    first = next(iter(found))
     for axes, (name, cells) in zip(panels, found.items()):
-        gap = lambda w, d, cells=cells: cells[w, d][0]
-        shown = [[float("nan") if gap(w, d) is None else gap(w, d) for w in widths] for d in depths]
-        axes.imshow(shown, cmap="PuOr", vmin=-0.06, vmax=0.06, aspect="auto")
-        axes.set(title=f"{name} - dense", xlabel="width", xticks=range(len(widths)),
-                 xticklabels=widths, ylabel="layers", yticks=range(len(depths)), yticklabels=depths)
-        for (w, d), (value, n) in cells.items():
-            text = "not run" if value is None else f"{value:+.3f}\nn = {n}"
-            color = "white" if abs(value or 0) > 0.04 else "black"  # on the dark ends
-            axes.text(widths.index(w), depths.index(d), text, ha="center", va="center", fontsize=8,
-                      color=color)
+        shown = numpy.array([[cells[w, d][0] for w in widths] for d in depths], float)  # None: nan
+        colours = dict(cmap="Blues") if name == first else dict(cmap="PuOr", vmin=-0.06, vmax=0.06)
+        image = axes.imshow(shown, aspect="auto", **colours)
+        axes.set(title=f"{name}: loss" if name == first else f"{name} - {first}", xlabel="width",
+                 xticks=range(len(widths)), xticklabels=widths, ylabel="layers",
+                 yticks=range(len(depths)), yticklabels=depths)
+        for (w, d), (one, n) in cells.items():
+            digits = "not run" if one is None else f"{one:.3f}" if name == first else f"{one:+.3f}"
+            place = image.norm(one) if one is not None else 0.5
+            dark = place > 0.7 or (place < 0.2 and name != first)  # the ends of the scales
+            axes.text(widths.index(w), depths.index(d), f"{digits}\nn = {n}" if n else digits,
+                      ha="center", va="center", fontsize=8, color="white" if dark else "black")
     return figure
 
 
