@@ -237,14 +237,14 @@ def report_lines(size, records):
     yield head_of("difference", "first", "last", "below zero (95 %) from")
     yield from (gap_row(pair, gap(records, pair, size)) for pair in GAPS)
     yield "\n" + picture("grid", "Loss and differences by width and depth")
-    yield ("Rates are those of width 64 and 8 layers in every cell; two seeds of one run differ by "
-           f"up to {between_seeds(records):.2f} (95 %).\n")
+    yield ("Rates are those of width 64 and 8 layers, times 64 / width; two seeds of one run may "
+           f"differ by {between_seeds(records):.2f} (95 %).\n")
     yield from grid_lines(records)
     yield ""
     yield picture("curves", "The sweep, samples at inference, dz, the router in training")
     yield from run_lines(records, size)
     yield "\n## Explorations, one seed, no verdict\n"
-    yield f"Two seeds of one run differ by up to {between_seeds(records):.2f} (95 %).\n"
+    yield f"Two seeds of one run may differ by {between_seeds(records):.2f} (95 %).\n"
     yield head_of("run", "beside", "difference")
     for name, (other, _) in reproduce.EXPLORED.items():
         pair = [records.get((n, 1)) for n in (name, other)]

@@ -289,6 +289,12 @@ def learning_rate(records, size, family):
     return rate_number(statistics.parabola_minimum(means)) if means else None
 
 
+def rate_of(name, size, family_rate):
+    """One of a family's runs at another width: Adam's rate goes with 1 / width (2203.03466)."""
+    width = SIZES[size]["d_model"]
+    return float(f"{family_rate * width / EXPERIMENTS[name].get('d_model', width):.3g}")
+
+
 # ---- one run
 
 def run_one(config, name, seed, lr):
@@ -444,7 +450,8 @@ def todo(config, records):
         missing = [(*run, None) for f in rates if rates[f] is None for run in sweep(records, f)[0]]
         if runs:
             return (sorted(missing, key=lambda run: run[1])
-                    or [(*run, rates[family_of(run[0])]) for run in runs])
+                    or [(*run, rate_of(run[0], config.size, rates[family_of(run[0])]))
+                        for run in runs])
     return []
 
 

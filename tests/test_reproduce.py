@@ -229,6 +229,8 @@ def test_the_first_seed_of_all_runs_comes_before_the_second():
     for name, seed, _ in then:
         records[name, seed] = {}
     assert {name for name, *_ in reproduce.todo(CONFIG, records)} == set(reproduce.EXPLORED)
+    wide = reproduce.todo(reproduce.ReproduceConfig(only="dense@128x4", seeds=(1,)), records)
+    assert wide == [("dense@128x4", 1, 2.83e-3)]  # half of the rate at width 64
 
 
 # ---- records and the report
