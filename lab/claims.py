@@ -104,15 +104,20 @@ def between_seeds(records):
     return 1.96 * sqrt(2 * mean(spreads)) if spreads else nan
 
 
+def cell_pairs(records, name, cell):
+    """[(record of a run, of dense)] at (width, depth), seed by seed, three at most."""
+    one, dense = (runs_of(records, reproduce.at(n, *cell), 3) for n in (name, "dense"))
+    return [(one[s], dense[s]) for s in sorted(one.keys() & dense.keys())]
+
+
 def grid_of(records):
     """{run: {(width, depth): (mean over up to three seeds or None, n)}}: of dense its loss, of the
     others the difference to it."""
     found = {name: {} for name in reproduce.GRID_RUNS}
     for name, cell in itertools.product(found, itertools.product(
             reproduce.WIDTHS, reproduce.DEPTHS)):
-        one, dense = (runs_of(records, reproduce.at(n, *cell), 3) for n in (name, "dense"))
-        losses = [one[s]["val_loss"] - (name != "dense") * dense[s]["val_loss"]
-                  for s in sorted(one.keys() & dense.keys())]
+        losses = [one["val_loss"] - (name != "dense") * dense["val_loss"]
+                  for one, dense in cell_pairs(records, name, cell)]
         found[name][cell] = (mean(losses) if losses else None, len(losses))
     return found
 
@@ -241,6 +246,8 @@ def report_lines(size, records):
            f"differ by {between_seeds(records):.2f} (95 %).\n")
     yield from grid_lines(records)
     yield ""
+    yield from width_lines(records)
+    yield ""
     yield picture("curves", "The sweep, samples at inference, dz, the router in training")
     yield from run_lines(records, size)
     yield "\n## Explorations, one seed, no verdict\n"
@@ -285,6 +292,22 @@ def grid_lines(records):
         values, counts = zip(*(cells[cell] for cells in found.values()))
         yield row_of(*cell, *("" if v is None else f"{v:{sign}.4f}"
                               for v, sign in zip(values, ("", *"+++"))), min(counts))
+
+
+def width_lines(records):
+    """Means over the depths of the same differences, while the runs were going on."""
+    moments = []
+    for width, name in itertools.product(reproduce.WIDTHS, reproduce.GRID_RUNS):
+        cells = [cell_pairs(records, name, (width, depth)) for depth in reproduce.DEPTHS]
+        if name == "dense" or not all(cells):
+            continue
+        curves = [[one["curve"][1::2], dense["curve"][1::2]] for cell in cells
+                  for one, dense in cell[:1]]  # seed 1: as many runs of one depth as of another
+        if not moments:
+            moments = [f"{tokens / 1e6:.2f}M" for tokens, _ in curves[0][0]]
+            yield head_of("width", "difference, mean over the depths, seed 1", *moments)
+        gaps = [[a[1] - b[1] for a, b in zip(*pair)] for pair in curves]
+        yield row_of(width, f"`{name}` - `dense`", *(f"{mean(g):+.3f}" for g in zip(*gaps)))
 
 
 def sweep_row(records, size, family):

@@ -337,6 +337,20 @@ def test_committed_records_are_whole_and_the_report_is_theirs(monkeypatch, capsy
     assert not capsys.readouterr().err and text == Path("results/claims.md").read_text()
 
 
+def test_widths_are_means_over_the_depths_of_the_first_seed():
+    record = lambda *losses: {"curve": [[1000 * i, loss] for i, loss in enumerate(losses)]}
+    records = {(reproduce.at(name, width, depth), 1): record(9, loss * depth, 9, 3 * loss * depth)
+               for name, loss in (("dense", 1.0), ("vanilla", 1.03), ("infmoe", 0.9))
+               for width in (64, 96) for depth in reproduce.DEPTHS}
+    records["vanilla", 2] = record(9, 9, 9, 9)
+    del records["infmoe@96x16", 1]  # a width without all of its depths is not shown
+    head, *rows = claims.width_lines(records)
+    assert head.splitlines()[0].endswith("| 0.00M | 0.00M |")
+    assert rows == ["| 64 | `vanilla` - `dense` | +0.280 | +0.840 |",  # 0.03 (4 + 8 + 16) / 3
+                    "| 64 | `infmoe` - `dense` | -0.933 | -2.800 |",
+                    "| 96 | `vanilla` - `dense` | +0.280 | +0.840 |"]
+
+
 # ---- many runs
 
 @pytest.mark.parametrize("words, message", [
