@@ -301,8 +301,8 @@ def width_lines(records):
         cells = [cell_pairs(records, name, (width, depth)) for depth in reproduce.DEPTHS]
         if name == "dense" or not all(cells):
             continue
-        curves = [[one["curve"][1::2], dense["curve"][1::2]] for cell in cells
-                  for one, dense in cell[:1]]  # seed 1: as many runs of one depth as of another
+        # seed 1 alone: as many runs of one depth as of another
+        curves = [[record["curve"][1::2] for record in cell[0]] for cell in cells]
         if not moments:
             moments = [f"{tokens / 1e6:.2f}M" for tokens, _ in curves[0][0]]
             yield head_of("width", "difference, mean over the depths, seed 1", *moments)
