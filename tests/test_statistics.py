@@ -1,5 +1,6 @@
-"""lab.statistics: values worked out by hand, and the verdicts in words."""
+"""lab.statistics: values worked out by hand, statsmodels', and the verdicts in words."""
 import math
+import random
 
 import pytest
 
@@ -27,20 +28,30 @@ def test_paired():
         difference([1.0, 2.0], [1.0, 2.0, 3.0], paired=True)
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.008, 0.011])
-def test_no_difference_is_two_one_sided_tests(shift):
-    """The 90 % interval lies within the margin where both tests, at 5 %, reject."""
-    from scipy.stats import ttest_ind
-    left, right = [1.0, 1.003, 0.997, 1.001], [1.002 - shift, 0.999 - shift, 1.0 - shift]
-    beyond = [ttest_ind([x + side * 0.01 for x in left], right, equal_var=False, alternative=other)
-              for side, other in ((1, "greater"), (-1, "less"))]
-    low, high = difference(left, right).inner
-    assert (low > -0.01 and high < 0.01) == (max(test.pvalue for test in beyond) < 0.05)
+@pytest.mark.parametrize("sizes", [(12, 12), (12, 3), (2, 5)])
+@pytest.mark.parametrize("shift", [0.0, 0.006, 0.02])
+def test_as_statsmodels_has_it(shift, sizes):
+    """Welch's test, its interval, and two one-sided tests: both reject, at 5 %, where the 90 %
+    interval lies within the margin."""
+    oracle = pytest.importorskip("statsmodels.stats.weightstats")
+    draw = random.Random(1).gauss
+    left, right = ([draw(1.3 + s, 0.01) for _ in range(n)] for s, n in zip((shift, 0), sizes))
+    d, means = difference(left, right), oracle.CompareMeans.from_data(left, right)
+    assert d.p == pytest.approx(means.ttest_ind(usevar="unequal")[1])
+    assert d.interval == pytest.approx(means.tconfint_diff(usevar="unequal"))
+    for margin in (0.005, 0.01, 0.03, 0.1):
+        p = means.ttost_ind(-margin, margin, usevar="unequal")[0]
+        assert (statistics.verdict(d, 1.0, margin) != "undecided") == (p < 0.05)
 
 
 def test_holm():
     assert statistics.holm([0.03, 0.01, 0.04, 1.0]) == pytest.approx([0.09, 0.04, 0.09, 1.0])
     assert statistics.holm([0.01, *[1.0] * 11]) == pytest.approx([0.12, *[1.0] * 11])
+    oracle = pytest.importorskip("statsmodels.stats.multitest")
+    for seed in range(20):
+        p_values = [random.Random(seed).random() ** 4 for _ in range(12)]
+        adjusted = oracle.multipletests(p_values, method="holm")[1]
+        assert statistics.holm(p_values) == pytest.approx(adjusted)
 
 
 @pytest.mark.parametrize("middle, margin_90, p, margin, words", [
